@@ -32,11 +32,16 @@ COMMANDS = {
     "demo-omni": "tools.demo_omni:main",
 }
 """Commands by name, installed as `mmt-NAME`: unlike `python -m`, they never look for packages in the current folder."""
+PAGE_FILES = ["*.html", "*.css", "*.js"]
 DATA_FILES = {
-    "tools.demos": ["*.toml"],
-    "tools.chatting": ["*.css", "*.js"],
-    "tools.inspector": ["*.css", "*.js"],
-    "tools.watcher": ["*.css", "*.js"],
+    "data.media": ["*.toml"],
+    "data.text": ["*.jinja", "formats/*.jinja"],
+    "tools": ["py.typed", "*.toml"],
+    "tools.benches": ["*.jinja", "*.toml"],
+    "tools.devicechecks": ["*.toml"],
+    "tools.exports": ["*.toml", "*.jinja"],
+    "tools.demos": ["*.toml", "*.jinja"],
+    **{f"tools.{name}": PAGE_FILES for name in ("asking", "chatting", "evaluation", "inspector", "watcher")},
     "trainer.recipes": ["*.toml", "*.sh"],
 }
 PACKAGES = ["model", "data", "trainer", "tools"]

@@ -121,13 +121,15 @@ def _joined(placed: list[tuple[int, SampleMedia]]) -> Media:
     slots = torch.cat([_slots(first, medium) for first, medium in placed])
     values = _values(media)
     width = max(medium.width for medium in media)
-    firsts = np.cumsum([0, *(len(medium.values) // _joined_rows(medium) for medium in media)])
+    firsts = np.cumsum([0, *(len(medium.values) // (medium.native.shrink**2 if medium.native else 1) for medium in media)])
     moved = [_moved(medium, first, width, int(firsts[-1])) for medium, first in zip(media, firsts)]
     frames = [count for medium in media for count in medium.frames]
     weighted = any(medium.weights is not None for medium in media)
+    if weighted:  # each token is a sum of four rows
+        moved = [rows if rows.ndim == 2 else np.repeat(rows[:, None], 4, axis=1) for rows in moved]
     return Media(
         values,
-        torch.from_numpy(np.concatenate([_four(rows) for rows in moved] if weighted else moved)),
+        torch.from_numpy(np.concatenate(moved)),
         slots,
         lengths=torch.tensor(frames) if frames else None,
         ends=torch.tensor([first + medium.length - 1 for first, medium in placed]),
@@ -142,11 +144,6 @@ def _slots(first: int, medium: SampleMedia) -> Tensor:
     return torch.arange(first, first + medium.length) if medium.places is None else torch.from_numpy(medium.places + first)
 
 
-def _joined_rows(medium: SampleMedia) -> int:
-    """Return how many of a medium's values become one row of features: the patches of a token, or 1."""
-    return 1 if medium.native is None else medium.native.shrink**2
-
-
 def _values(media: Sequence[SampleMedia]) -> Tensor:
     """Join the encoder's input: clips filled with zeros to the longest, still pictures repeated over frames beside videos."""
     if media[0].native is not None:
@@ -154,11 +151,6 @@ def _values(media: Sequence[SampleMedia]) -> Tensor:
         return torch.cat([medium.values.expand(-1, -1, frames, -1, -1) for medium in media])
     longest = max(medium.values.shape[-1] for medium in media)
     return torch.cat([_filled(medium.values, longest) for medium in media])
-
-
-def _four(rows: np.ndarray) -> np.ndarray:
-    """Repeat rows (K,) to (K, 4); rows (K, 4) stay as they are."""
-    return rows if rows.ndim == 2 else np.repeat(rows[:, None], 4, axis=1)
 
 
 def _weights(medium: SampleMedia) -> np.ndarray:

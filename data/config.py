@@ -142,6 +142,11 @@ class DataConfig:
     """Most pixels of all frames of a video together under 'native', an even share for each; 0 = as the processor allows."""
     side_tiles: int = SIDE_TILES
     """Tiles along the longer side of a picture under image_fit = 'idefics', up to its square in all; 1 = one view of each."""
+    cut_tiles: bool = True
+    """Cut pictures into these tiles; false: one view of each, which is enlarged to them and shrunk again (do_image_splitting)."""
+    frame_times: bool = False
+    """Read videos under image_fit = 'idefics' as SmolVLM does: texts before them say how many frames there are and how long the
+    video lasts, and before each frame its time."""
     catalog: str = ""
     """File of named data sets, a TOML table for each: sources that have a name and no path are taken from it; '' = none."""
     sources: tuple[SourceConfig, ...] = field(default=())

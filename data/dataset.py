@@ -117,13 +117,13 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         _, index, row = self.locate(i)
         return index.where(row)
 
-    def record(self, i: int) -> Record:
-        """Read the record of sample `i`. Raises `RecordError`."""
+    def record(self, i: int, *, timed: bool = True) -> Record:
+        """Read the record of sample `i`. `timed`: choose frames of videos where texts tell their times. Raises `RecordError`."""
         _, index, row = self.locate(i)
         record = parse(index.raw(row), index.where(row), index.name(row))
         check_media(record, self.specs, self.config.max_images)
         check_answers(record, self.answers)
-        return record
+        return self.media(i, record).timed() if timed else record
 
     def encode_answers(self, i: int, record: Record) -> EncodedAnswers:
         """Encode the answers of `record`, that of sample `i`, and under "judged" that of the next record to the same prompt."""

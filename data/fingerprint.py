@@ -106,7 +106,7 @@ def _media(dataset: MultimodalDataset, source_id: int, on_progress: Callable[[st
     for i in ids[:: max(1, -(-len(ids) // MEDIA))].tolist():
         on_progress(dataset.where(i))
         try:
-            record = dataset.record(i)
+            record = dataset.record(i, timed=False)
             locate = dataset.media(i, record).locate
             blobs = [(f"{ref.set or ref.kind}:{ref.path}", locate(ref)) for ref in record.media[:_MEDIA_PER_RECORD]]
         except (RecordError, MediaError):

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Protocol
 
+from data.records.frame_times import MAX_SPELLED
+
 MAX_TILES = 256
 SIDE_TILES = 4
 """Of Idefics3 and SmolVLM: tiles along the longer side of a picture."""
@@ -30,6 +32,12 @@ class FitSettings(Protocol):
     def anyres_max(self) -> int: ...
     @property
     def side_tiles(self) -> int: ...
+    @property
+    def cut_tiles(self) -> bool: ...
+    @property
+    def frame_times(self) -> bool: ...
+    @property
+    def max_frames(self) -> int: ...
     @property
     def fit_min_pixels(self) -> int: ...
 
@@ -56,8 +64,14 @@ def _tile_problems(config: FitSettings) -> Iterator[str]:
 
 
 def _side_problems(config: FitSettings) -> Iterator[str]:
+    if config.frame_times and config.image_fit != "idefics":
+        yield "data.frame_times = true has no effect unless data.image_fit = 'idefics'"
+    elif config.frame_times and config.max_frames > MAX_SPELLED:
+        yield f"data.max_frames = {config.max_frames}: data.frame_times = true writes their number as words, up to {MAX_SPELLED}"
     if config.image_fit != "idefics" and config.side_tiles != SIDE_TILES:
         yield f"data.side_tiles = {config.side_tiles} has no effect unless data.image_fit = 'idefics'"
+    elif config.image_fit != "idefics" and not config.cut_tiles:
+        yield "data.cut_tiles = false has no effect unless data.image_fit = 'idefics'"
     elif not 1 <= config.side_tiles <= math.isqrt(MAX_TILES):
         yield f"data.side_tiles = {config.side_tiles} is not in [1, {math.isqrt(MAX_TILES)}]; 4 is usual, 1 is one view"
 

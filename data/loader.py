@@ -117,11 +117,7 @@ def train_batches(
 
 
 def validation_batches(
-    dataset: MultimodalDataset,
-    plan: BatchPlan,
-    options: LoadOptions,
-    max_samples: int,
-    pools: Sequence[Pool] = (),
+    dataset: MultimodalDataset, plan: BatchPlan, options: LoadOptions, max_samples: int, pools: Sequence[Pool] = ()
 ) -> Iterator[MicroBatch]:
     """Return the share of rank `options.rank` of the `validation_ids`, the same ones at every call.
 

@@ -36,13 +36,13 @@ _CONFIG_KEYS = (
     *("max_length", "max_images", "max_pixels"),
     *("state_tokens", "fps", "min_frames", "max_frames", "max_seconds"),
 )
-_LATER_KEYS = (*PIXEL_BUDGETS, "side_tiles")
+_LATER_KEYS = (*PIXEL_BUDGETS, "side_tiles", "cut_tiles", "frame_times")
 """Settings that runs of earlier versions did not have."""
 
 
 @dataclass(frozen=True)
 class Processor:
-    """Converter of records into batches and of ids into text. Made by `make_processor` or `load_processor`."""
+    """Converter of records into batches and of ids into text. `load_processor` makes that of a run."""
 
     template: Template
     specs: dict[str, MediaSpec]
@@ -96,6 +96,7 @@ class Processor:
     def _sample(self, i: int, raw: Json, answers: bool, media_root: str | None, thinking: bool) -> Sample:
         record = parse(raw, f"records:{i}", needs_answer=answers)
         check_media(record, self.specs, self.config.max_images)
+        record = self.media(record, media_root).timed()
         limit = self.config.max_length if answers else None
         encoded = self.template.encode(record, limit) if answers else encode_prompt(self.template, record, thinking)
         media = self.media(record, media_root)
@@ -135,11 +136,6 @@ class Processor:
             "stop_ids": list(self.stop_ids),
             **{key: getattr(self.config, key) for key in (*_CONFIG_KEYS, *_LATER_KEYS)},
         }
-
-
-def make_processor(template: Template, specs: dict[str, MediaSpec], config: DataConfig) -> Processor:
-    """Make the processor of a run that trains with `template`, `specs` and `config`."""
-    return Processor(template, specs, config)
 
 
 def load_processor(folder: str | Path) -> Processor:

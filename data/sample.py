@@ -73,13 +73,7 @@ class Measured:
 
 
 def assemble_sample(
-    encoded: Encoded,
-    placeholder_ids: dict[str, int],
-    media: RecordMedia,
-    *,
-    max_length: int | None,
-    sample_id: int,
-    source_id: int,
+    encoded: Encoded, placeholder_ids: dict[str, int], media: RecordMedia, *, max_length: int | None, sample_id: int, source_id: int
 ) -> Sample:
     """Assemble the sample of a record that its template rendered as `encoded`, where each placeholder is still one id.
 
@@ -105,12 +99,9 @@ def assemble_sample(
         if isinstance(spec, NativeSpec):
             runs += feature_runs(start, spec, meta)
     supervised = np.repeat(np.array(encoded.supervised[:kept], dtype=bool), widths[:kept])
-    positions = positions_of(len(expanded), runs) if _axes(specs) == 3 else None
+    has_axes = any(isinstance(spec, NativeSpec) and spec.axes == 3 for spec in specs.values())
+    positions = positions_of(len(expanded), runs) if has_axes else None
     return Sample(sample_id, source_id, expanded, _shifted(expanded, supervised), placed, positions)
-
-
-def _axes(specs: dict[str, MediaSpec]) -> int:
-    return max((spec.axes for spec in specs.values() if isinstance(spec, NativeSpec)), default=1)
 
 
 def measure_encoded(
@@ -164,24 +155,15 @@ def check_media(record: Record, specs: dict[str, MediaSpec], max_images: int) ->
     for ref in record.media:
         if ref.modality not in specs:
             raise RecordError(record.where, record.id, ref.kind, "the record has one, the model has no part that reads it")
-        if ref.label != IGNORE_INDEX and (problem := _state_problem(specs[ref.modality], ref.label)):
+        spec = specs[ref.modality]
+        # A model without a state head does not read the class, and may share the file.
+        classes = spec.num_states if isinstance(spec, AudioSpec) else 0
+        if ref.label != IGNORE_INDEX and ref.label >= classes > 0:
+            problem = f"{ref.label} is no class: model.state_head.classes = {classes}, so they are 0 to {classes - 1}"
             raise RecordError(record.where, record.id, "audio_state", problem)
     num_images = sum(ref.kind == "image" for ref in record.media)
     if 0 < max_images < num_images:
         raise RecordError(record.where, record.id, "image", f"{num_images} images; data.max_images allows {max_images}")
-
-
-def _state_problem(spec: MediaSpec, state: int) -> str:
-    """Return what is wrong with the class `state` of a clip, or an empty string.
-
-    A model without a state head does not read the class, and may share the file.
-    """
-    classes = spec.num_states if isinstance(spec, AudioSpec) else 0
-    return (
-        ""
-        if state < classes or classes == 0
-        else f"{state} is no class: model.state_head.classes = {classes}, so they are 0 to {classes - 1}"
-    )
 
 
 def _fitting(record: Record, ends: np.ndarray, encoded: Encoded, max_length: int) -> int:

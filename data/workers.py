@@ -101,7 +101,7 @@ class Reading:
 def describe_sample(dataset: MultimodalDataset, sample_id: int) -> str:
     """Return what people call a sample: "id (file:line)"."""
     try:
-        record = dataset.record(sample_id)
+        record = dataset.record(sample_id, timed=False)
         return f"{record.id} ({record.where})"
     except RecordError as error:
         return f"{error.id} ({error.where})"

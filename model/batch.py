@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -40,12 +40,6 @@ class Patches:
     row_shares: Tensor | None = None  # (P, S) float32 share of each row of a table of S x S positions that is resized smoothly
     column_shares: Tensor | None = None  # (P, S) float32 share of each of its columns; a position's share is their product
 
-    def map(self, move: Callable[[Tensor], Tensor]) -> Patches:
-        """Return the same with `move` applied to every tensor."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved: dict[str, Any] = {name: move(t) for name, t in fields.items() if isinstance(t, Tensor)}
-        return replace(self, **moved)
-
 
 @dataclass(frozen=True)
 class Media:
@@ -65,15 +59,7 @@ class Media:
     patches: Patches | None = None  # of pictures at their own size: a row of `values` is one patch
 
     def to(self, device: torch.device) -> Media:
-        return self._map(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Media:
-        return self._map(lambda t: t.pin_memory())
-
-    def _map(self, move: Callable[[Tensor], Tensor]) -> Media:
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved: dict[str, Any] = {name: move(t) for name, t in fields.items() if isinstance(t, Tensor)}
-        return replace(self, **moved, patches=self.patches and self.patches.map(move))
+        return _moved(self, lambda t: t.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -96,11 +82,6 @@ class Answers:
     other: Tensor  # (m,) answers to the prompts of other records
     rows: Tensor  # (B,) sample of each row, or, packed, (segments,) of each segment
     reference: Tensor | None = None  # (A,) float32 log-probability under the reference; None: it is computed with the model
-
-    def map(self, move: Callable[[Tensor], Tensor]) -> Answers:
-        """Return the answers with `move` applied to every tensor."""
-        tensors: dict[str, Tensor | None] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return replace(self, **{name: move(t) for name, t in tensors.items() if t is not None})
 
 
 @dataclass(frozen=True)
@@ -146,14 +127,22 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`; copies from pinned memory do not wait for the device."""
-        return self._map(lambda t: t.to(device, non_blocking=True), {m: v.to(device) for m, v in self.media.items()})
+        return _moved(self, lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        return self._map(lambda t: t.pin_memory(), {m: v.pin_memory() for m, v in self.media.items()})
+        return _moved(self, lambda t: t.pin_memory())
 
-    def _map(self, move: Callable[[Tensor], Tensor], media: dict[str, Media]) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved: dict[str, Any] = {name: move(t) for name, t in tensors.items() if isinstance(t, Tensor)}
-        answers = None if self.answers is None else self.answers.map(move)
-        shared = self.shared and replace(self.shared, keys=move(self.shared.keys), borders=move(self.shared.borders))
-        return dataclasses.replace(self, **moved, media=media, answers=answers, shared=shared)
+
+T = TypeVar("T")
+
+
+def _moved(value: T, move: Callable[[Tensor], Tensor]) -> T:
+    """Return a batch, or a part of one, with `move` applied to every tensor in it."""
+    found: Any = value
+    if isinstance(value, Tensor):
+        found = move(value)
+    elif isinstance(value, dict):
+        found = {key: _moved(item, move) for key, item in value.items()}
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        found = dataclasses.replace(value, **{f.name: _moved(getattr(value, f.name), move) for f in dataclasses.fields(value)})
+    return cast(T, found)

@@ -11,9 +11,8 @@ from model.audio.encoder import AudioEncoder
 from model.audio.projector import build_audio_projector
 from model.audio.state_head import StateHead
 from model.card import ModelCard, make_card
-from model.config import LoraConfig, ModelConfig, QuantizeConfig, VisionConfig
+from model.config import LoraConfig, ModelConfig, QuantizeConfig
 from model.errors import ConfigError
-from model.files.untrusted import Json
 from model.lean_layers import make_lean
 from model.llm.causal_lm import VocabularyLayout, build_llm, head_weight
 from model.llm.early_features import EarlyFeatures
@@ -67,9 +66,9 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
         head_weight(llm)
         width = llm.get_input_embeddings().embedding_dim
         if config.vision is not None and config.vision_projector is not None:
-            tower = build_tower(card.hugging_face["vision"], config.vision)
+            packed = card.hugging_face["vision"]["model_type"] in NATIVE_TOWERS  # pictures at their own size
+            tower = (NativeTower if packed else VisionTower)(card.hugging_face["vision"], config.vision)
             parts["vision"] = tower
-            packed = isinstance(tower, NativeTower)
             parts["vision_projector"] = build_vision_projector(
                 config.vision_projector, tower.hidden_size, width, tower.levels, packed=packed
             )
@@ -95,11 +94,6 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
         add_new_rows(llm, card.vocabulary.tuned_ids)
     apply_tune(model, config, card.lora)
     return model
-
-
-def build_tower(value: Json, config: VisionConfig) -> VisionTower | NativeTower:
-    """Build the vision tower of config.json `value`: of one square, or of variable size."""
-    return (NativeTower if value["model_type"] in NATIVE_TOWERS else VisionTower)(value, config)
 
 
 def inject(model: MultimodalLM, card: ModelCard) -> None:

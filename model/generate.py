@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -73,7 +73,7 @@ def generate(llm: CausalLM, prompts: Prompts, options: GenerationOptions) -> lis
             streamer=told,
             **positions,
         )
-    return [_until_stop(row, options.stop_ids) for row in ids.tolist()]
+    return [until_stop(row, options.stop_ids) for row in ids.tolist()]
 
 
 class TokenListener:
@@ -102,6 +102,7 @@ def no_settings(llm: CausalLM) -> Iterator[None]:
         llm.generation_config = before
 
 
-def _until_stop(ids: list[int], stop_ids: tuple[int, ...]) -> list[int]:
+def until_stop(ids: Sequence[int], stop_ids: Collection[int]) -> list[int]:
+    """Return the ids before the first stop id."""
     end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
-    return ids[:end]
+    return [*ids[:end]]

@@ -38,7 +38,8 @@ def logit_change(llm: CausalLM) -> LogitChange:
     weight = torch.randn(NUM_COLUMNS, width, generator=generator) * (SPREAD / width**0.5)
     logits = _logits_of(llm, hidden, weight)
     for change in _candidates(llm.config):
-        if logits.shape == (1, NUM_ROWS, NUM_COLUMNS) and _close(change(hidden @ weight.T), logits):
+        found = change(hidden @ weight.T)
+        if logits.shape == found.shape and (found - logits).abs().max() <= TOLERANCE * logits.abs().max():
             return change
     raise ConfigError(
         f"model.llm.path: {type(llm).__name__} changes its logits after the head's product in a way that is not supported: "
@@ -55,10 +56,6 @@ def _candidates(config: PretrainedConfig) -> Iterator[LogitChange]:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and value != 0
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
 def _logits_of(llm: CausalLM, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -85,12 +85,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        new_rows: Tensor | None,
-        targets: Tensor,
-        options: HeadOptions,
+        ctx: Any, hidden: Tensor, weight: Tensor, new_rows: Tensor | None, targets: Tensor, options: HeadOptions
     ) -> tuple[Tensor, Tensor]:
         chunk, change = options.chunk_of(hidden.shape[0]), options.change
         new = None if new_rows is None or options.new is None else NewRows(options.new.ids, new_rows)
@@ -167,13 +162,7 @@ def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled
 
 
-def text_term(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    supervised: Tensor,
-    options: HeadOptions = HeadOptions(),
-) -> Term:
+def text_term(hidden: Tensor, weight: Tensor, labels: Tensor, supervised: Tensor, options: HeadOptions = HeadOptions()) -> Term:
     """Compute the text term from hidden (B, T, D), weight (V, D), labels (B, T) and supervised (S,) flat positions."""
     rows = hidden.flatten(0, 1).index_select(0, supervised)
     targets = labels.flatten().index_select(0, supervised)

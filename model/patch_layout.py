@@ -131,4 +131,4 @@ def blank_media(spec: MediaSpec, device: torch.device) -> Media:
         return Media(torch.zeros(1, *row_shape(spec), device=device), none, none)
     side = max(spec.shrink, spec.multiple)
     values = torch.zeros(side**2, *row_shape(spec), device=device)
-    return Media(values, none, none, patches=patch_layout([(1, side, side)], spec).map(lambda t: t.to(device)))
+    return Media(values, none, none, patches=patch_layout([(1, side, side)], spec)).to(device)

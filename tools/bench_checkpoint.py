@@ -7,7 +7,6 @@ which a busy machine changes less. On disk: raw write and ours have called fsync
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from model.card import ModelCard
 from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.llm.causal_lm import VocabularyLayout
+from tools.cli import command_parser
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.distributed.world import World, start_world, stop_world
 from trainer.optim import Trained
@@ -170,9 +170,7 @@ def slow_down(world: World, folder: Path, steps: int, every: int, rounds: int) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_checkpoint", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_parser("bench_checkpoint", __doc__)
     parser.add_argument("--megabytes", type=int, default=500, help="what is saved, moments included (default 500)")
     parser.add_argument("--saves", type=int, default=20, help="saves of each kind (default 20)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of training with and without saves (default 5)")

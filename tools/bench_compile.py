@@ -30,11 +30,7 @@ from trainer.distributed.parallelize import replicate
 from trainer.distributed.world import World
 
 SHAPE = {"hidden_size": 320, "intermediate_size": 864, "num_attention_heads": 5, "num_key_value_heads": 5, "vocab_size": 4096}
-WAYS = {
-    "eager": ("none", False),
-    "compiled": ("none", True),
-    "compiled selective": ("selective", True),
-}
+WAYS = {"eager": ("none", False), "compiled": ("none", True), "compiled selective": ("selective", True)}
 
 
 def cpu_seconds() -> float:

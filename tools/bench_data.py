@@ -29,7 +29,7 @@ from model.media_spec import ImageSpec
 from tools.cli import command_parser
 
 SPEC = ImageSpec(336, 14, 1, "patch", "shortest_edge", (0.5,) * 3, (0.5,) * 3)
-PARTS = ("index", "memory", "plan", "images")
+PARTS = ("index", "memory", "plan")
 WORKERS, READS = 4, 20_000
 _WORDS = (
     *("the", "a", "cat", "on", "mat", "with", "red", "blue", "green", "picture", "shows", "left", "right", "person", "it's"),
@@ -175,7 +175,7 @@ def plan_lines(num_records: int = 10_000_000) -> list[str]:
 def main() -> None:
     parser = command_parser("bench_data", __doc__)
     parser.add_argument("--records", type=int, default=665_000)
-    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS[:3], help="images: as tools.bench_images")
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS)
     options = parser.parse_args()
     print(f"load average {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as name, in_a_process_of_its_own() as run:
@@ -189,10 +189,6 @@ def main() -> None:
             print("\n".join(run(lambda: list_memory(path))))
     if "plan" in options.part:
         print("\n".join(plan_lines()))
-    if "images" in options.part:
-        from tools import bench_images
-
-        print("\n".join(bench_images.report()))
 
 
 if __name__ == "__main__":

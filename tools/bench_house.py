@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,35 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("model", "data", "trainer", "tools")
 SPINE = ("trainer/main.py", "trainer/run.py", "trainer/loop.py", "trainer/step.py")
 MAX_PARAMETERS = 6
-_VERBS = """
-accept accumulate act add adjust advance agree align allocate allow answer append apply arrange ask assemble assert assign
-attach average await balance begin bind blend block bound build cache call cap cast certify change check choose clamp classify
-clean clear clip close collate collect combine compare compile complete compress compute concatenate configure connect construct
-continue convert copy correct count cover create cut deal decide declare decode delete deliver depend deposit dequantise derive
-describe detach detect determine disable discard distribute divide do drain draw drop dump embed emit enable encode end ensure
-enter enumerate escape estimate evaluate exchange exclude execute exit expand explain export extend extract fail feed fetch fill
-filter find finish fit flatten flush fold follow forget format forward free freeze gather generate get give go group grow guard
-guess handle hash hide hold identify ignore include increase index infer inform initialise inject insert install interpolate
-interpret interrupt invert iterate join judge keep key kill label launch lay leave let limit list listen load locate lock log
-look lower make map mark mask match materialise measure merge mix move multiply name normalise note notice notify number observe
-obtain offer open order pack pad page-lock parse pass patch pause perform permute pick pin place plan plot pool pop prefer
-prefetch prepare print process produce project propagate prove provide prune publish push put quantise quarantine raise rank
-read rebuild receive recognise record recover reduce refuse register rehearse reject release remember remove rename render
-reopen repeat replace replicate report request require resample reserve reset reshape resize resolve respond restore restrict
-resume retain retry return reverse rewrite rotate round run sample save say scale scan scatter search seed select send separate
-serialise set settle shard share shift show shrink shuffle shut signal simulate skip sort splice split spread stack stage start
-state step stop store stream strip subtract sum summarise supervise supply support take tell test tie tile time tokenise trace
-track train transform translate transpose treat trim truncate try tune turn undo unpack unwrap update use validate verify view
-visit wait wake walk warm warn watch weigh wrap write yield zero
-"""
-VERBS = frozenset(_VERBS.split())
-"""First words of a docstring that says what a function does."""
-_FRAGMENTS = """
-a all an and any as at before but by each every for from how if in it its more no not nothing of on one only or other so such
-than that the their them then there these they this those to up what when where whether which who whose with without
-"""
-FRAGMENTS = frozenset(_FRAGMENTS.split())
-"""First words of a docstring that begins in the middle of a sentence."""
+_WORDS = tomllib.loads((ROOT / "tools" / "house_words.toml").read_text(encoding="utf-8"))
+VERBS, FRAGMENTS = (frozenset(_WORDS[kind].split()) for kind in ("verbs", "fragments"))
+"""First words of a docstring that says what a function does, and of one that begins in the middle of a sentence."""
 
 
 def sources() -> Iterator[Path]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import io
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from data.media.blob import Blob
 from data.records.record import MediaRef
 from model.media_spec import ImageSpec, MediaMeta
 from model.vision.normalise import normalised
+from tools.benches.turns import cpu_time, in_turns
 from tools.cli import command_parser
 
 SIDE = 336
@@ -88,16 +89,13 @@ def our_preparation(mode: str) -> Prepare:
 
 
 def time_paths(paths: dict[str, Prepare], pictures: list[bytes], repeats: int) -> dict[str, Timed]:
-    """Time each path over all pictures, interleaved, `repeats` times after one that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in paths}
-    for repeat in range(repeats + 1):
-        for name, prepare in paths.items():
-            start = time.process_time()
-            for data in pictures:
-                prepare(data)
-            if repeat:
-                seconds[name].append((time.process_time() - start) / len(pictures))
-    return {name: Timed(min(found), statistics.median(found)) for name, found in seconds.items()}
+    """Time each path over all pictures, `repeats` times in turns after one that is not counted."""
+
+    def seconds(prepare: Prepare) -> float:
+        return cpu_time(lambda: [prepare(data) for data in pictures]) / len(pictures)
+
+    found = in_turns({name: partial(seconds, prepare) for name, prepare in paths.items()}, repeats + 1)
+    return {name: Timed(min(taken[1:]), statistics.median(taken[1:])) for name, taken in found.items()}
 
 
 def error(pictures: list[bytes]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Config, Qwen2Model
 
 from model.config import LoraConfig
@@ -30,8 +30,8 @@ from model.errors import ConfigError
 from model.llm import attention
 from model.lora import add_lora, is_adapter
 from tools.cli import command_parser, run_command
-from trainer.distributed.blocks import keeps
 from trainer.distributed.casting import cast_for_compute
+from trainer.distributed.selective import recompute_selectively
 from trainer.memory.simulate import LiveCounter, shape_stand_ins
 
 SHAPE = {
@@ -43,7 +43,9 @@ SHAPE = {
     "vocab_size": 64,
 }
 """The shape of a layer of Qwen2-7B."""
-PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
+CHAIN = 28
+"""Consecutive layers of the selective row: what is computed again differs from layer to layer. As many as Qwen2-7B has."""
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_grouped_mm"}
 WRITES = {"bernoulli_", "copy_", "zero_", "fill_"}
 """Operators that do not read what they write to."""
 CASTS = {"_to_copy", "copy_"}
@@ -54,19 +56,23 @@ ALLOCATES = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_str
 class PassCost:
     """Cost of one pass."""
 
-    num_ops: int = 0  # views left out
-    moved: int = 0  # bytes read and written outside matrix products
-    flops: int = 0  # of matrix products
-    cast: int = 0  # bytes read and written to change the number type
+    num_ops: float = 0  # views left out
+    moved: float = 0  # bytes read and written outside matrix products
+    flops: float = 0  # of matrix products
+    cast: float = 0  # bytes read and written to change the number type
+
+    def of_one(self, num_layers: int) -> PassCost:
+        """Return the mean of `num_layers` layers."""
+        return PassCost(*(total / num_layers for total in (self.num_ops, self.moved, self.flops, self.cast)))
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Cost of one layer with `num_tokens` tokens."""
+    """Mean cost of a layer with `num_tokens` tokens."""
 
     forward: PassCost
     backward: PassCost
-    kept: int  # bytes that live from forward to backward
+    kept: float  # bytes that live from forward to backward
     num_tokens: int
 
 
@@ -87,7 +93,7 @@ class CostCounter(TorchDispatchMode):
             self.cost.num_ops += 1
             self.cost.flops += 2 * (args[0].numel() + args[3].numel()) * found.shape[-1]
         elif name in PRODUCTS:
-            a, b = args[-2:]
+            a, b = [arg for arg in args if isinstance(arg, Tensor) and arg.dim() > 1][-2:]
             self.cost.flops += 2 * math.prod(a.shape) * b.shape[-1]
         else:
             read = tree_leaves((args[name in WRITES :], kwargs))
@@ -159,45 +165,52 @@ def stand_ins() -> Iterator[None]:
         yield
 
 
-def measure(layer: nn.Module, num_tokens: int) -> LayerCost:
-    """Run forward and backward of a layer on meta; its input has a gradient, as in all but the first layer of a model."""
+def measure(layers: Sequence[nn.Module], num_tokens: int) -> LayerCost:
+    """Run forward and backward of consecutive layers on meta, and return the mean cost of one.
+
+    Their input has a gradient, as in all but the first layer of a model. Inputs of layers do not count as kept.
+    """
     tensor = functools.partial(torch.empty, device="meta", dtype=torch.bfloat16)
     hidden = tensor(1, num_tokens, SHAPE["hidden_size"]).requires_grad_()
     angles = tuple(tensor(1, num_tokens, SHAPE["hidden_size"] // SHAPE["num_attention_heads"]) for _ in range(2))
     grad = tensor(1, num_tokens, SHAPE["hidden_size"])
-    live, forward, backward = LiveCounter([*layer.parameters(), hidden, grad, *angles]), CostCounter(), CostCounter()
+    parameters = [p for layer in layers for p in layer.parameters()]
+    live, forward, backward = LiveCounter([*parameters, hidden, grad, *angles]), CostCounter(), CostCounter()
     with stand_ins(), live:
+        out = hidden
         with forward:
-            out = layer(hidden, position_embeddings=angles, attention_mask=None)
-        out = out[0] if isinstance(out, tuple) else out
-        kept = live.live
+            for layer in layers:
+                found = layer(out, position_embeddings=angles, attention_mask=None)
+                out = found[0] if isinstance(found, tuple) else found
+        kept = live.live - len(layers) * moved_bytes(out)
         with backward:
             out.backward(grad)
-    return LayerCost(forward.cost, backward.cost, kept - moved_bytes(out), num_tokens)
+    return LayerCost(forward.cost.of_one(len(layers)), backward.cost.of_one(len(layers)), kept / len(layers), num_tokens)
 
 
-def recomputed(layer: nn.Module, **options: Any) -> nn.Module:
+def recomputed(layer: nn.Module) -> nn.Module:
     """Make backward recompute the layer."""
-    layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **options)
+    layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     return layer
 
 
-def selected(layer: nn.Module) -> nn.Module:
-    """Make backward recompute the layer all but its products."""
-    return recomputed(layer, context_fn=functools.partial(create_selective_checkpoint_contexts, keeps))
+def selected(layers: list[nn.Module]) -> list[nn.Module]:
+    """Make backward recompute the layers selectively."""
+    recompute_selectively(layers)
+    return layers
 
 
-def rows(rank: int, dropout: float) -> dict[str, Callable[[], nn.Module]]:
+def rows(rank: int, dropout: float) -> dict[str, Callable[[], list[nn.Module]]]:
     """Return the layers to be measured, by the name of their row."""
     return {
-        "ours": lambda: our_layer(rank, dropout),
-        "ours, recomputed": lambda: recomputed(our_layer(rank, dropout)),
-        "ours, selective": lambda: selected(our_layer(rank, dropout)),
-        "ours, dropout 0": lambda: our_layer(rank, 0.0),
-        "PEFT, float32 adapters": lambda: peft_layer(rank, dropout, torch.float32),
-        "PEFT, the same, recomputed": lambda: recomputed(peft_layer(rank, dropout, torch.float32)),
-        "PEFT, bfloat16 adapters": lambda: peft_layer(rank, dropout, torch.bfloat16),
-        "PEFT, bfloat16, dropout 0": lambda: peft_layer(rank, 0.0, torch.bfloat16),
+        "ours": lambda: [our_layer(rank, dropout)],
+        "ours, recomputed": lambda: [recomputed(our_layer(rank, dropout))],
+        f"ours, selective, of {CHAIN}": lambda: selected([our_layer(rank, dropout) for _ in range(CHAIN)]),
+        "ours, dropout 0": lambda: [our_layer(rank, 0.0)],
+        "PEFT, float32 adapters": lambda: [peft_layer(rank, dropout, torch.float32)],
+        "PEFT, the same, recomputed": lambda: [recomputed(peft_layer(rank, dropout, torch.float32))],
+        "PEFT, bfloat16 adapters": lambda: [peft_layer(rank, dropout, torch.bfloat16)],
+        "PEFT, bfloat16, dropout 0": lambda: [peft_layer(rank, 0.0, torch.bfloat16)],
     }
 
 
@@ -206,7 +219,7 @@ def line(name: str, cost: LayerCost) -> str:
     tokens, (forward, backward) = cost.num_tokens, (cost.forward, cost.backward)
     moved = [part.moved / tokens / 1e6 for part in (forward, backward)]
     numbers = [*moved, sum(moved), (forward.flops + backward.flops) / tokens / 1e9, cost.kept / tokens / 1e3]
-    ops = f"{forward.num_ops} / {backward.num_ops}"
+    ops = f"{forward.num_ops:.0f} / {backward.num_ops:.0f}"
     return f"{name:<28}{ops:>12}" + "".join(f"{number:>10.3f}" for number in numbers)
 
 

@@ -11,9 +11,9 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_sh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from model.batch import Batch
 from model.build import DTYPES, assemble
 from model.card import ModelCard, make_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
@@ -31,7 +30,9 @@ from model.llm.causal_lm import VocabularyLayout, blocks
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
-from tools.bench_step import make_batches, our_loop
+from tools.bench_step import bare_loop, make_batches, our_loop
+from tools.benches.turns import cpu_time, in_turns
+from tools.cli import command_parser
 from tools.make_demo import CORPUS, VOCAB, train_tokenizer, write_parts
 from trainer.config import ParallelConfig
 from trainer.distributed.blocks import block_owner, has_blocks
@@ -67,23 +68,6 @@ def bare_shard(model: MultimodalLM, world: World) -> None:
     fully_shard(model, **options)
 
 
-def bare_loop(wrapped: nn.Module, batches: list[Batch], world: World) -> Run:
-    """Return the shortest loop around a wrapped model: the library's clipping, fused AdamW and a scheduler."""
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-4, fused=True)
-
-    def run(steps: int) -> None:
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (steps + 1))
-        for step in range(steps):
-            term = wrapped(batches[step % len(batches)].to(world.device))["text"]
-            (term.sum / term.num_addends).backward()
-            torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    return run
-
-
 def loops(folder: str, options: argparse.Namespace, world: World) -> dict[str, Run]:
     """Return the loops to be compared, by the name of their row; each has a model and an optimizer of its own."""
     card = bench_card(folder, options.dtype)
@@ -102,16 +86,15 @@ def loops(folder: str, options: argparse.Namespace, world: World) -> dict[str, R
             runs[name] = our_loop(model, card.model, batches, world, wrapped)
         else:
             replicated: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
-            runs[name] = bare_loop(replicated if name.endswith("ddp") else model, batches, world)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+            runs[name] = bare_loop(replicated if name.endswith("ddp") else model, optimizer, batches, world)
     return runs
 
 
 def seconds_per_step(run: Run, steps: int, world: World) -> float:
-    """Return the CPU seconds per step of this rank; the ranks begin together."""
+    """Return the CPU seconds per step, the mean over the ranks, which begin together. Collective."""
     world.barrier()
-    start = time.process_time()
-    run(steps)
-    return (time.process_time() - start) / steps
+    return statistics.mean(world.gather_json(cpu_time(lambda: run(steps)) / steps))
 
 
 def print_ratios(runs: dict[str, Run], options: argparse.Namespace, world: World) -> None:
@@ -122,11 +105,8 @@ def print_ratios(runs: dict[str, Run], options: argparse.Namespace, world: World
             warnings.simplefilter("ignore")  # about hooks of that mode on outputs that are no tensors
             run(1)
         counts[name] = {str(kind).rpartition(".")[2].strip("_"): count for kind, count in seen.get_comm_counts().items()}
-    rounds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(options.rounds):
-        for name, run in runs.items():
-            own = seconds_per_step(run, options.steps, world)
-            rounds[name].append(statistics.mean(world.gather_json(own)))
+    cases = {name: partial(seconds_per_step, run, options.steps, world) for name, run in runs.items()}
+    rounds = in_turns(cases, options.rounds)
     if not world.is_main:
         return
     medians = {name: 1e3 * statistics.median(found) for name, found in rounds.items()}
@@ -139,9 +119,7 @@ def print_ratios(runs: dict[str, Run], options: argparse.Namespace, world: World
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_shards", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_parser("bench_shards", __doc__)
     parser.add_argument("--batch", type=int, default=16, help="samples per rank and step (16)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (5)")
     parser.add_argument("--steps", type=int, default=20, help="steps of each in a round (20)")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from data.media.resample import resample
+from tools.benches.turns import cpu_time
 from tools.cli import command_parser, run_command
 
 RATES, NEW_RATE, SECONDS = (44_100, 48_000, 8_000, 22_050), 16_000, (10, 60)
@@ -24,13 +24,7 @@ def tones(rate: int, count: int) -> np.ndarray:
 
 
 def least_cpu_ms(action: Callable[[], object], rounds: int) -> float:
-    """Return the least CPU time of an action."""
-    found = []
-    for _ in range(rounds):
-        start = time.process_time()
-        action()
-        found.append(time.process_time() - start)
-    return 1000 * min(found)
+    return 1000 * min(cpu_time(action) for _ in range(rounds))
 
 
 def largest_error(made: np.ndarray) -> float:
@@ -42,10 +36,8 @@ def row(rate: int, seconds: int, rounds: int) -> str:
     """Return the line of the table for one rate and length."""
     samples = tones(rate, rate * seconds).astype(np.float32)
     wave = torch.from_numpy(samples)
-    ours, wrong = (
-        least_cpu_ms(lambda: resample(wave, rate, NEW_RATE), rounds),
-        largest_error(resample(wave, rate, NEW_RATE).numpy()),
-    )
+    ours = least_cpu_ms(lambda: resample(wave, rate, NEW_RATE), rounds)
+    wrong = largest_error(resample(wave, rate, NEW_RATE).numpy())
     line = f"| {rate}, {seconds} | {ours:.1f} |"
     if importlib.util.find_spec("soxr") is None:
         return f"{line} not installed | | {wrong:.1e} | |"

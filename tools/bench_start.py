@@ -1,8 +1,8 @@
 """Measure what a start costs: CPU seconds from the command to the end of step 1, ours by phase, beside Hugging Face's Trainer.
 
-The model and the records are the demo's digits, one process, one thread. Trainer trains LlavaForConditionalGeneration, put together
-out of the same two folders, with the image processor and the chat template of these folders. `import torch` alone is the floor of
-both. Every start is a process of its own; the three take turns, and medians are printed.
+The model and the records are the demo's digits, one process, one thread. Trainer is that of `tools.bench_train`: it trains the same
+model as one folder for LlavaForConditionalGeneration. `import torch` alone is the floor of both. Every start is a process of its
+own; the three take turns, and medians are printed.
 """
 
 from __future__ import annotations
@@ -13,21 +13,16 @@ import os
 import resource
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
+from tools.benches.turns import in_turns, run_child
 from tools.cli import command_parser, run_command
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from model.files.untrusted import Json
 
 PHASES = {
     "torch": "import torch",
@@ -42,24 +37,28 @@ PHASES = {
 ENDS = {"load": "open", "heaviest": "load", "data": "prepare"}
 """The phase of PHASES that has ended when the run marks a phase of its own for the first time."""
 CASES = ("import torch", "ours", "Trainer")
+PREPARE = "prepare"
+"""A child that writes what the cases read: the peak of a process counts that of the one it comes from, which so stays small."""
 
 
 def start_process(case: str, folder: Path) -> dict[str, float]:
-    """Start one case in a process of its own; return its CPU seconds by phase, with "total", and seconds and MiB."""
-    out = folder / "out"
-    command = [sys.executable, "-m", "tools.bench_start", "--child", case, "--folder", str(folder)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True)
-    shutil.rmtree(out, ignore_errors=True)
-    if done.returncode:
-        raise RuntimeError(f"{case}: {done.stderr[-3000:]}")
-    return {key: float(value) for key, value in json.loads(done.stdout.splitlines()[-1]).items()}
+    """Start one case in a process of its own; return its CPU seconds, with those of each phase of ours, and seconds and MiB."""
+    began = time.monotonic()
+    if case == "Trainer":
+        options = ("--steps", "1", "--batch", "32", "--device", "cpu")
+        figures = json.loads(run_child(case, "tools.benches.contender", case, str(folder), *options))
+        found = {"total": figures["start_cpu"], "MiB": figures["peak_mib"]}
+    else:
+        found = json.loads(run_child(case, "tools.bench_start", "--child", case, "--folder", str(folder)))
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    return {**found, "seconds": time.monotonic() - began}
 
 
 class Clock:
     """CPU seconds of this process by phase."""
 
     def __init__(self) -> None:
-        self.began, self.spent = time.monotonic(), dict[str, float]()
+        self.spent: dict[str, float] = {}
 
     def ended(self, phase: str) -> None:
         """Note that a phase has ended, unless it had ended before."""
@@ -68,18 +67,20 @@ class Clock:
     def report(self) -> None:
         """Print everything as JSON and leave the process."""
         used = resource.getrusage(resource.RUSAGE_SELF)
-        total = {"total": used.ru_utime + used.ru_stime, "seconds": time.monotonic() - self.began, "MiB": used.ru_maxrss / 1024}
-        print(json.dumps({**self.spent, **total}), flush=True)
+        print(json.dumps({**self.spent, "total": used.ru_utime + used.ru_stime, "MiB": used.ru_maxrss / 1024}), flush=True)
         os._exit(0)
 
 
 def run_case(case: str, folder: Path) -> int:
     """Run one case in this process, until the end of its first step."""
     clock = Clock()
+    if case == PREPARE:
+        from tools.benches.prepare import prepare
+
+        prepare(folder, "digits", 1, "float32")
+        return 0
     if case == "ours":
         return start_ours(folder, clock)
-    if case == "Trainer":
-        start_trainer(folder, clock)
     import torch  # noqa: F401  # here: what is measured
 
     clock.report()
@@ -121,88 +122,11 @@ def start_ours(folder: Path, clock: Clock) -> int:
         return main(["--cfg", str(folder / "digit.toml"), f"output_dir={folder / 'out'}"])
 
 
-def build_llava(folder: Path) -> tuple[Any, Any]:
-    """Return LlavaForConditionalGeneration out of the demo's parts, and its tokenizer with <image>."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
-
-    llm = AutoModelForCausalLM.from_pretrained(folder / "llm", trust_remote_code=False)
-    tower = CLIPVisionModel.from_pretrained(folder / "vision", trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "llm", trust_remote_code=False)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    rows = (tower.config.image_size // tower.config.patch_size) ** 2
-    settings = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "image_seq_length": rows, "vision_feature_layer": -1}
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=tower.config, text_config=llm.config, **settings))
-    model.model.language_model.load_state_dict(llm.model.state_dict())
-    model.model.vision_tower.load_state_dict(tower.state_dict())
-    model.resize_token_embeddings(-(-len(tokenizer) // 64) * 64)
-    return model, tokenizer
-
-
-def picture_collator(folder: Path, tokenizer: Any, num_rows: int) -> Callable[[list[Json]], dict[str, Tensor]]:
-    """Return a function that makes a padded batch of records: the chat template, its prompt not learned, and CLIP's processor."""
-    import torch
-    from PIL import Image
-    from transformers import CLIPImageProcessor
-
-    pictures = CLIPImageProcessor.from_pretrained(folder / "vision", trust_remote_code=False)
-
-    def ids_of(turns: list[dict[str, str]], **options: object) -> list[int]:
-        return list(tokenizer.apply_chat_template(turns, return_dict=True, **options)["input_ids"])
-
-    def collated(chosen: list[Json]) -> dict[str, Tensor]:
-        rows, images = [], []
-        for record in chosen:
-            asked, said = (turn["value"] for turn in record["conversations"])
-            turns = [{"role": "user", "content": asked.replace("<image>", "<image>" * num_rows)}]
-            whole = ids_of([*turns, {"role": "assistant", "content": said}])
-            rows.append((whole, len(ids_of(turns, add_generation_prompt=True))))
-            images.append(Image.open(folder / "images" / record["image"], formats=["PNG"]).convert("RGB"))
-        width = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
-        learned = torch.tensor([[asked <= i < len(row) for i in range(width)] for row, asked in rows])
-        mask = torch.tensor([[i < len(row) for i in range(width)] for row, _ in rows]).long()
-        pixels = pictures(images, return_tensors="pt")["pixel_values"]
-        return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "labels": ids.masked_fill(~learned, -100)}
-
-    return collated
-
-
-def start_trainer(folder: Path, clock: Clock) -> None:
-    """Train LlavaForConditionalGeneration with Trainer, as its documentation does."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, *args: object, **options: object) -> None:
-            clock.report()
-
-    model, tokenizer = build_llava(folder)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "out"),
-        max_steps=250,
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-3,
-        lr_scheduler_type="cosine",
-        report_to="none",
-        use_cpu=True,
-        remove_unused_columns=False,
-    )
-    records = json.loads((folder / "digit_train.json").read_text())
-    batches = picture_collator(folder, tokenizer, model.config.image_seq_length)
-    Trainer(model=model, args=arguments, train_dataset=records, data_collator=batches, callbacks=[Stop()]).train()
-
-
 def compare(options: argparse.Namespace) -> None:
     """Write the demo's parts, measure, print one line per phase and the ratio."""
-    from tools.make_demo import make
-
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make(folder)
-        found: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
-        for _ in range(options.times):
-            for case in CASES:
-                found[case].append(start_process(case, folder))
+        run_child(PREPARE, "tools.bench_start", "--child", PREPARE, "--folder", name)
+        found = in_turns({case: partial(start_process, case, Path(name)) for case in CASES}, options.times)
     medians = {case: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for case, rows in found.items()}
     for key, what in PHASES.items():
         print(f"ours: {what:<75}{medians['ours'][key]:>7.2f}")
@@ -215,7 +139,7 @@ def compare(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("bench_start", __doc__)
     parser.add_argument("--times", type=int, default=5, help="starts of each case (default 5)")
-    parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=(*CASES, PREPARE), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.child:

@@ -13,12 +13,11 @@ import os
 import resource
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,9 +27,10 @@ from PIL import Image
 from transformers.utils import logging
 
 from model.files.untrusted import Json
+from tools.benches.turns import in_turns, run_child
 from tools.cli import command_parser
-from tools.make_demo import CORPUS, SIDE, VOCAB, train_tokenizer, write_parts
-from trainer.runfile.toml_files import to_toml
+from tools.demos.run_files import write_run_file
+from tools.make_demo import CORPUS, SIDE, VOCAB, one_round, train_tokenizer, write_parts
 
 NUM_GOOD, NUM_PICTURES = 200, 8
 LIMIT = 1.2
@@ -44,17 +44,13 @@ BEYOND, WITHIN = (50_000, 20_000, 60 << 20), (16_000, 8_000, 15 << 20)
 
 def hostile(num_rounds: int, num_pictures: int, num_bytes: int) -> dict[str, Json]:
     """Return the hostile records, by what they have too much of."""
-    rounds = [turn for _ in range(num_rounds) for turn in _round(ASKED, "seven")]
+    rounds = [turn for _ in range(num_rounds) for turn in one_round(ASKED, "seven")]
     names = ["0.png"] * num_pictures
     return {
         "rounds": {"id": "rounds", "conversations": rounds},
-        "pictures": {"id": "pictures", "image": names, "conversations": _round("<image>\n" * num_pictures, "seven")},
-        "text": {"id": "text", "conversations": _round(ASKED * (num_bytes // len(ASKED)), "seven")},
+        "pictures": {"id": "pictures", "image": names, "conversations": one_round("<image>\n" * num_pictures, "seven")},
+        "text": {"id": "text", "conversations": one_round(ASKED * (num_bytes // len(ASKED)), "seven")},
     }
-
-
-def _round(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def make(folder: Path, chosen: list[str], sizes: tuple[int, int, int]) -> dict[s
     for i in range(NUM_PICTURES):
         Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
     good = [
-        {"id": f"r{i}", "image": f"{i % NUM_PICTURES}.png", "conversations": _round("<image>\nWhich digit is this?", "seven")}
+        {"id": f"r{i}", "image": f"{i % NUM_PICTURES}.png", "conversations": one_round("<image>\nWhich digit is this?", "seven")}
         for i in range(NUM_GOOD)
     ]
     bad = hostile(*sizes)
@@ -88,35 +84,16 @@ def make(folder: Path, chosen: list[str], sizes: tuple[int, int, int]) -> dict[s
 def _write_case(folder: Path, name: str, good: list[Json], records: list[Json]) -> Path:
     """Write the run file of a case and return its path; the hostile records stand in the middle of the valid ones."""
     half = len(good) // 2
-    data, run = folder / f"{name}.json", folder / f"{name}.toml"
-    data.write_text(json.dumps([*good[:half], *records, *good[half:]]))
-    tables = {
-        "output_dir": str(folder / "run" / name),
-        "model": {
-            "llm": {"path": str(folder / "llm"), "tune": "full"},
-            "vision": {"path": str(folder / "vision")},
-            "vision_projector": {},
-        },
-        "data": {"max_length": 512, "workers": 0, "sources": [{"path": str(data), "media_root": str(folder / "images")}]},
-        "batch": {"global_batch_size": 8, "micro_batch_size": 4},
-        "train": {"max_steps": 20},
-        "parallel": {"strategy": "ddp"},
-    }
-    run.write_text(to_toml(tables))
-    return run
+    (folder / f"{name}.json").write_text(json.dumps([*good[:half], *records, *good[half:]]))
+    return write_run_file(folder, name, "tools.benches", "starts")
 
 
 def start(run: Path) -> Cost:
     """Start one run in a process of its own and return its cost. RuntimeError if it does not reach its first step."""
-    out = run.parent / "run" / run.stem
-    command = [sys.executable, "-m", "tools.bench_starts", "--child", str(run)]
     began = time.perf_counter()
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True)
+    cpu, mib = map(float, run_child(run.stem, "tools.bench_starts", "--child", str(run)).split())
     seconds = time.perf_counter() - began
-    shutil.rmtree(out, ignore_errors=True)
-    if done.returncode:
-        raise RuntimeError(f"{run.stem}: {done.stderr[-2000:]}")
-    cpu, mib = map(float, done.stdout.split()[-2:])
+    shutil.rmtree(run.parent / "run" / run.stem, ignore_errors=True)
     return Cost(cpu, seconds, mib)
 
 
@@ -139,10 +116,7 @@ def child(run: str) -> int:
 
 def measure(cases: dict[str, Path], times: int) -> dict[str, Cost]:
     """Return the medians of `times` starts of each case, which take turns."""
-    found: dict[str, list[Cost]] = {name: [] for name in cases}
-    for _ in range(times):
-        for name, run in cases.items():
-            found[name].append(start(run))
+    found = in_turns({name: partial(start, run) for name, run in cases.items()}, times)
     return {
         name: Cost(*(statistics.median(values) for values in zip(*((c.cpu, c.seconds, c.mib) for c in costs))))
         for name, costs in found.items()

@@ -6,14 +6,13 @@ of a long and a short run). CPU seconds are medians of interleaved rounds.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from model.build import build_model
 from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
 from model.media_spec import MediaMeta, image_spec, num_tokens
 from model.multimodal import MultimodalLM
+from tools.benches.turns import cpu_time, in_turns
+from tools.cli import command_parser
 from tools.make_demo import CORPUS, VOCAB, train_tokenizer, write_parts
 from trainer.config import OptimConfig
 from trainer.distributed.parallelize import replicate
@@ -85,6 +86,13 @@ def hidden_syncs(counter: Counter) -> Iterator[None]:
             setattr(Tensor, name, original)
 
 
+def write_demo_model(folder: Path) -> ModelConfig:
+    """Write the parts of the demo's model to `folder` and return the settings of a model of them, all tuned, in float32."""
+    write_parts(folder, train_tokenizer(CORPUS, VOCAB), VOCAB)
+    llm, vision = LlmConfig(str(folder / "llm"), "full"), VisionConfig(str(folder / "vision"), "full")
+    return ModelConfig(llm, vision, VisionProjectorConfig(), dtype="float32")
+
+
 def make_batches(model: MultimodalLM, num: int, size: int) -> list[Batch]:
     """Make deterministic batches of one picture per sample and four supervised tokens."""
     rng = np.random.default_rng(0)
@@ -126,16 +134,15 @@ def our_loop(
     return run
 
 
-def bare(model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: World) -> Callable[[int], None]:
-    """Return the shortest loop that trains the same model with the library's own clipping and scheduler."""
-    optimizer = build_optimizer(model, config, OptimConfig(lr=1e-4))
+def bare_loop(wrapped: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], world: World) -> Callable[[int], None]:
+    """Return the shortest loop around a wrapped model, with the library's own clipping and scheduler."""
 
     def run(steps: int) -> None:
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (steps + 1))
         for step in range(steps):
-            term = model(batches[step % len(batches)].to(world.device))["text"]
+            term = wrapped(batches[step % len(batches)].to(world.device))["text"]
             (term.sum / term.num_addends).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
@@ -211,30 +218,24 @@ def count_calls(run: Callable[[int], None], steps: int) -> tuple[float, ...]:
     return (float(calls),)
 
 
-def cpu_seconds(run: Callable[[int], None], steps: int) -> tuple[float, ...]:
-    start = time.process_time()
-    run(steps)
-    return (time.process_time() - start,)
+def count_seconds(run: Callable[[int], None], steps: int) -> tuple[float, ...]:
+    return (cpu_time(lambda: run(steps)),)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_parser("bench_step", __doc__)
     parser.add_argument("--batch", type=int, default=8, help="samples per step (default 8)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of the CPU time (default 5)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     world = start_world()
     with tempfile.TemporaryDirectory() as folder:
-        write_parts(Path(folder), train_tokenizer(CORPUS, VOCAB), VOCAB)
-        llm, vision = LlmConfig(f"{folder}/llm", "full"), VisionConfig(f"{folder}/vision", "full")
-        config = ModelConfig(llm, vision, VisionProjectorConfig(), dtype="float32")
+        config = write_demo_model(Path(folder))
         models = [build_model(config) for _ in range(3)]
         batches = make_batches(models[0], 4, arguments.batch)
         runs = {
             "ours": our_loop(models[0], config, batches, world),
-            "bare loop": bare(models[1], config, batches, world),
+            "bare loop": bare_loop(models[1], build_optimizer(models[1], config, OptimConfig(lr=1e-4)), batches, world),
             "Trainer": hugging_face(models[2], batches, f"{folder}/out"),
         }
         report(runs, arguments.rounds)
@@ -245,14 +246,11 @@ def report(runs: dict[str, Callable[[int], None]], rounds: int) -> None:
     for run in runs.values():
         run(2)
     counts = {name: (*per_step(count_ops, run), *per_step(count_calls, run)) for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            seconds[name] += per_step(cpu_seconds, run)
+    seconds = in_turns({name: partial(per_step, count_seconds, run) for name, run in runs.items()}, rounds)
     print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, one thread, one process")
     print(f"{'per step':<12}{'host syncs':>12}{'operators':>12}{'Python calls':>14}{'CPU ms (median)':>17}{'calls / bare':>14}")
     for name, (syncs, ops, calls) in counts.items():
-        ratio, ms = calls / counts["bare loop"][2], 1e3 * statistics.median(seconds[name])
+        ratio, ms = calls / counts["bare loop"][2], 1e3 * statistics.median(ms for (ms,) in seconds[name])
         print(f"{name:<12}{syncs:>12.2f}{ops:>12.1f}{calls:>14.1f}{ms:>17.2f}{ratio:>14.3f}")
 
 

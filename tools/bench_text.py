@@ -25,7 +25,7 @@ from data.check.check_record import check_record
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, open_dataset
 from data.records.record import Record, parse
-from data.text.chat_formats import FORMATS
+from data.text.chat_formats import FORMATS, jinja_file
 from data.text.template import Template, load_template
 from data.text.tokenizer import load_tokenizer
 from model.files.untrusted import Json
@@ -46,22 +46,7 @@ WORDS = (
     *("raining", "outside", "question", "answer", "different", "between", "example", "number", "42", "1999", "naïve", "café"),
 )
 # As the templates of models that think: thoughts before the last question are taken out, and contents are looked into.
-THINKING = """\
-{%- set ns = namespace(last=messages|length - 1) %}
-{%- for message in messages[::-1] %}
-{%- if message.role == 'user' and not message.content.startswith('<tool_response>') and ns.last == messages|length - 1 %}
-{%- set ns.last = messages|length - 1 - loop.index0 %}
-{%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' }}
-{%- if message.role == 'assistant' %}
-{%- set answer = message.content.split('</think>')[-1].lstrip('\\n') if '</think>' in message.content else message.content %}
-{{- '<think>\\n\\n</think>\\n\\n' if loop.index0 > ns.last else '' }}{{ answer }}
-{%- else %}{{ message.content }}{% endif %}
-{{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+THINKING = jinja_file("tools.benches", "thinking.jinja")
 
 
 def words(draw: random.Random, count: int) -> str:

@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 
 from model.build import build_model
-from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
-from tools.bench_step import make_batches
+from model.config import ModelConfig
+from tools.bench_step import make_batches, write_demo_model
 from tools.cli import command_parser
-from tools.make_demo import CORPUS, VOCAB, train_tokenizer, write_parts
 from trainer.config import LogConfig, OptimConfig, RunConfig, WandbConfig
 from trainer.distributed.world import World, start_world
 from trainer.metrics import Meter, MetricsLog
@@ -75,9 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     world = start_world()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_parts(folder, train_tokenizer(CORPUS, VOCAB), VOCAB)
-        llm, vision = LlmConfig(f"{name}/llm", "full"), VisionConfig(f"{name}/vision", "full")
-        config = ModelConfig(llm, vision, VisionProjectorConfig(), dtype="float32")
+        config = write_demo_model(folder)
         wandb = WandbConfig("bench", mode="offline") if find_spec("wandb") else WandbConfig()
         log = LogConfig(tensorboard=find_spec("tensorboard") is not None, wandb=wandb)
         trackers = open_trackers(RunConfig(str(folder / "on"), config, log=log), world, 0)

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from tools.benches.contender import CONTENDERS, GROUPED, RANDOM
 from tools.benches.meter import COMPUTE, DATA, UPDATE, Figures
+from tools.benches.turns import in_turns, run_child
 from tools.cli import command_parser, run_command
 from trainer.errors import ProofError
 
@@ -52,26 +52,13 @@ class Bench:
     device: str
 
 
-def take_turns(bench: Bench, names: list[str]) -> dict[str, list[Figures]]:
-    """Return what every contender found, round after round; they take turns."""
-    found: dict[str, list[Figures]] = {name: [] for name in names}
-    for i in range(bench.rounds):
-        for name in names:
-            print(f"round {i + 1} of {bench.rounds}: {name}", file=sys.stderr, flush=True)
-            found[name].append(_run(bench, name))
-            print(json.dumps(asdict(found[name][-1])), file=sys.stderr, flush=True)
-    return found
-
-
-def _run(bench: Bench, name: str) -> Figures:
+def run_contender(bench: Bench, name: str) -> Figures:
     """Run one contender in a process of its own. RuntimeError if it fails."""
-    options = ["--steps", str(bench.steps), "--batch", str(bench.batch), "--device", bench.device]
-    command = [sys.executable, "-m", "tools.benches.contender", name, str(bench.folder), *options]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env={**os.environ, **threads}, text=True, capture_output=True)
-    if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
-    return Figures(**json.loads(done.stdout.splitlines()[-1]))
+    options = ("--steps", str(bench.steps), "--batch", str(bench.batch), "--device", bench.device)
+    print(name, file=sys.stderr, flush=True)
+    found = Figures(**json.loads(run_child(name, "tools.benches.contender", name, str(bench.folder), *options)))
+    print(json.dumps(asdict(found)), file=sys.stderr, flush=True)
+    return found
 
 
 def useful_tokens(bench: Bench, name: str) -> int:
@@ -146,7 +133,7 @@ def run_bench(options: argparse.Namespace) -> None:
         if options.family:
             padded = {name: f"{share:.2f}" for name, share in padded_shares(bench.folder, bench.batch).items()}
             print(f"patches of {bench.batch} pictures of the mix that are useful: ours 1.00; padded by the processor of {padded}")
-        found = take_turns(bench, [name for name in names if not not_installed(name)])
+        found = in_turns({name: partial(run_contender, bench, name) for name in names if not not_installed(name)}, bench.rounds)
         print("\n".join(table_lines(bench, found)))
         for name in names:
             if absent := not_installed(name):

@@ -20,7 +20,7 @@ from model.errors import ConfigError, DataError
 from model.media_spec import PLACEHOLDERS
 from tools.chatting.conversation import STATES, Answerer, Conversation, make_answerer
 from tools.chatting.serve import ChatServer
-from tools.cli import command_parser, printable_lines, run_command
+from tools.cli import check_positive, command_parser, printable_lines, run_command
 from tools.local_page import serve_page
 from tools.model_options import add_model_options, load
 
@@ -55,7 +55,11 @@ def ask(talk: Conversation, words: str, answer: Answerer, *, keep: bool = True) 
 
 def converse(talk: Conversation, answer: Answerer, *, prompt: str) -> None:
     """Answer line by line."""
-    while (line := read_line(prompt)) is not None:
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
         command, _, value = line.partition(" ")
         if command == "/new":
             talk.restart()
@@ -74,14 +78,6 @@ def attach(talk: Conversation, kind: str, path: str) -> None:
     print(f"chat: {printable_lines(said)}", file=sys.stderr, flush=True)
 
 
-def read_line(prompt: str) -> str | None:
-    """Return the next line, or None at the end of stdin."""
-    try:
-        return input(prompt).strip()
-    except EOFError:
-        return None
-
-
 def prompts_alike(processor: Processor) -> bool:
     """Return whether the template has the same prompt for answers with and without a thought."""
     asked = Record("question", (Turn("user", "a"),), (), "question")
@@ -89,8 +85,7 @@ def prompts_alike(processor: Processor) -> bool:
 
 
 def chat(options: argparse.Namespace) -> None:
-    if options.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens {options.max_new_tokens} is not positive")
+    check_positive(options, "max_new_tokens")
     if options.temperature < 0 or not 0 < options.top_p <= 1:
         raise ConfigError(f"--temperature {options.temperature} must be at least 0 and --top-p {options.top_p} in (0, 1]")
     if options.temperature == 0 and (options.top_p < 1 or options.seed is not None):

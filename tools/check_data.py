@@ -25,7 +25,7 @@ from data.dataset import MultimodalDataset
 from model.errors import ConfigError, DataError
 from model.files.untrusted import Json
 from tools.clean_copy import check_target, write_clean
-from tools.cli import command_parser, printable_lines, run_command
+from tools.cli import check_positive, command_parser, printable_lines, run_command
 from trainer.checkpoint.retention import checkpoints
 from trainer.config import RunConfig
 from trainer.distributed.world import World
@@ -48,8 +48,7 @@ MATCHES = {
 
 
 def check(options: argparse.Namespace) -> None:
-    if options.workers < 1:
-        raise ConfigError(f"--workers {options.workers} is not positive")
+    check_positive(options, "workers")
     if options.write_clean:
         check_target(Path(options.write_clean))
     stage = stage_for_reading(load_config(options.cfg, options.overrides), options.stage)

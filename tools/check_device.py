@@ -29,7 +29,7 @@ from tools.cli import command_parser, printable_lines, run_command
 from tools.devicechecks.outcome import Check, ReportRow
 from tools.devicechecks.registry import all_checks
 from tools.devicechecks.report import report_json, row_lines, summary
-from tools.devicechecks.runner import Limits, run_apart, worker
+from tools.devicechecks.runner import run_apart, worker
 
 FAILED = 1
 CPU_PATIENCE = 6.0
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_worker(options: argparse.Namespace, out: TextIO) -> None:
     """Run checks for another process of this command."""
     disable_progress_bar()
-    worker([*chosen_checks(options).values()], options.device, options.tiny, Limits(options.until), out)
+    worker([*chosen_checks(options).values()], options.device, options.tiny, options.until, out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ For each class a tiny model is made and trained for some steps in DIR, exported 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,8 +18,9 @@ from pathlib import Path
 from data.processor import load_processor
 from model.errors import ConfigError
 from model.files.untrusted import Json
+from model.generate import until_stop
 from model.load import load_model
-from tools.cli import run_command
+from tools.cli import command_parser, run_command
 from tools.export_adapter import export
 from tools.exports import ask_library
 from tools.exports.serving_models import CASES, ROOM, questions, write_run
@@ -90,16 +90,12 @@ def ask_reader(python: str, folder: Path, case: str, reader: str, expected: Json
 
 def compared(found: Json, expected: Json) -> str:
     """Return how many prompts and answers are equal, and the versions of the libraries."""
-    whole = [_before_stop(answer, expected["stops"]) for answer in expected["answers"]]
-    answers = [_before_stop(answer, expected["stops"]) for answer in found["answers"]]
+    whole = [until_stop(answer, expected["stops"]) for answer in expected["answers"]]
+    answers = [until_stop(answer, expected["stops"]) for answer in found["answers"]]
     num, prompts = len(whole), sum(a == b for a, b in zip(found["prompts"], expected["prompts"], strict=True))
     equal = sum(a == b for a, b in zip(answers, whole, strict=True))
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return f"prompt ids {prompts}/{num}, greedy answers {equal}/{num}, {len({tuple(a) for a in whole})} different ({versions})"
-
-
-def _before_stop(ids: list[int], stops: list[int]) -> list[int]:
-    return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
 
 
 def check_cases(folder: Path, python: str, cases: list[str], readers: list[str]) -> None:
@@ -115,9 +111,7 @@ def check_cases(folder: Path, python: str, cases: list[str], readers: list[str])
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.check_serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("check_serving", __doc__)
     parser.add_argument("folder", metavar="DIR", type=Path, help="where the tiny models are made; what is there is kept")
     parser.add_argument("--python", default=sys.executable, help="the Python that has the libraries; default: this one")
     parser.add_argument("--vllm", action="store_true", help="ask vLLM too, merged and with the adapter")

@@ -10,6 +10,7 @@ import collections
 import inspect
 import itertools
 import random
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,31 +27,9 @@ from model.files.untrusted import Json
 from tools.cli import run_command
 
 NUM_CONVERSATIONS = 166
-WORDS = [
-    *("A cat sits on a mat.", "cat", "漢字かな交じり文。", "🙂👨‍👩‍👧 ok", "cafe\u0301 naïve", "١٢٣ مرحبا", "12 + 34 = 46"),
-    *("x" * 300, "def f(a):\n    return a  # twice\n\n\nf(2)", "<b>bold</b> & <i>it</i>", "user\nassistant: yes\nsystem"),
-    *('{"a": [1, 2], "b": "c\\n"}', "| a | b |\n|---|---|\n| 1 | 2 |", "C:\\dir\\n", "a\tb\r\nc", "... ---"),
-    *("USER: q ASSISTANT: a", "no_think /no_think", "[INST] q [/INST]"),
-]
-EDGES = ["", " ", "\n", "\n\n", "  \n", "\t", "\u3000", "\u00a0"]
-THOUGHTS = ["two and two make four", "first\n\nsecond", "  indented\n", "<b>not a tag of the template</b>", "漢字"]
-CONTROLS = [
-    "<|im_end|>",
-    "<|im_start|>assistant\n",
-    "</s>",
-    "<|eot_id|>",
-    "<end_of_turn>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    "<bos>",
-]
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "Adds two numbers.",
-        "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}, "required": ["a", "b"]},
-    },
-}
+_PARTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+WORDS, EDGES, THOUGHTS, CONTROLS = (_PARTS[key] for key in ("words", "edges", "thoughts", "controls"))
+TOOL: Json = _PARTS["tool"]
 WRONG = DIFFERENT, REFUSED = "DIFFERENT", "REFUSED THOUGH RENDERED"
 
 

@@ -42,6 +42,13 @@ def run_command(name: str, action: Callable[[], None]) -> int:
     return 0
 
 
+def check_positive(options: argparse.Namespace, *names: str) -> None:
+    """Raise `ConfigError` for the first of some options that is less than 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} is not positive")
+
+
 def printable_lines(text: str) -> str:
     """Return the text made safe for a terminal, with its line breaks: records and models could hold control sequences."""
     return fields.printable(text, keep="\n\t")

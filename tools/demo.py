@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,11 +91,8 @@ def hand_over(folder: Path) -> None:
         run_step(f"Draw the curves of {task}", module("tools.plot_run", folder / task))
     record = json.loads((folder / "parity_test.json").read_text())[0]
     picture = folder / "images" / record["image"]
-    run_step(f"Ask about one picture; right would be {record['conversations'][1]['value']!r}", picture_command(final, picture))
-
-
-def picture_command(final: Path, picture: Path) -> list[str]:
-    return module("tools.chat", final, "--image", picture, QUESTIONS["parity"])
+    command = module("tools.chat", final, "--image", picture, QUESTIONS["parity"])
+    run_step(f"Ask about one picture; right would be {record['conversations'][1]['value']!r}", command)
 
 
 def demo_summary(folder: Path, scores: list[Score], seconds: float) -> str:
@@ -142,12 +140,17 @@ def clear_demo_folder(folder: Path) -> None:
     (folder / MARK).write_text("tools.demo replaces this folder when it runs again\n")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("demo", __doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+def demo_command(name: str, text: str | None, run: Callable[[Path, int], None], argv: list[str] | None, folder: Path) -> int:
+    """Run a demo, `folder` where the command line names none, and return its exit code. `text` describes it."""
+    parser = command_parser(name, text)
+    parser.add_argument("folder", nargs="?", type=Path, default=folder, metavar="DIR", help=f"default: {folder}")
     parser.add_argument("--ranks", type=int, default=2, help="processes that train together (2)")
     options = parser.parse_args(argv)
-    return run_command("demo", lambda: demo(options.folder, options.ranks))
+    return run_command(name, lambda: run(options.folder, options.ranks))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return demo_command("demo", __doc__, demo, argv, Path("runs/demo"))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from model.errors import ConfigError
 from model.files.untrusted import Json
-from tools.cli import command_parser, run_command
-from tools.demo import clear_demo_folder, module, run_step, trained_by
+from tools.demo import clear_demo_folder, demo_command, module, run_step, trained_by
 from tools.make_omni import KINDS, WHICH
+from tools.plot_run import empty_figure
 from trainer.config import TrainConfig, ValidationConfig
 from trainer.errors import ProofError
 from trainer.runfile.load import load_config
@@ -104,13 +103,7 @@ def accuracy_table(names: list[str], found: list[Accuracy]) -> str:
 
 def draw(out: Path, names: list[str], found: list[Accuracy]) -> None:
     """Draw one curve per kind over the stages, as a PNG."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("drawing needs matplotlib, the extra `plot`: pip install -e '.[plot]'") from error
-    figure = Figure(figsize=(8, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(8, 4.2)
     axes = figure.subplots()
     for kind in KINDS:
         steps = [i for i, values in enumerate(found) if kind in values]
@@ -150,11 +143,7 @@ def demo(folder: Path, ranks: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("demo_omni", __doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/omni"), metavar="DIR", help="default: runs/omni")
-    parser.add_argument("--ranks", type=int, default=2, help="processes that train together (2)")
-    options = parser.parse_args(argv)
-    return run_command("demo_omni", lambda: demo(options.folder, options.ranks))
+    return demo_command("demo_omni", __doc__, demo, argv, Path("runs/omni"))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from data.processor import Processor, load_processor
 from data.records.record import Record, parse
 from model.errors import ConfigError
 from model.multimodal import MultimodalLM
-from tools.cli import command_parser, run_command, write_named
+from tools.cli import check_positive, command_parser, run_command, write_named
 from tools.evaluation.answer_formats import FORMATS, format_answers
 from tools.evaluation.answering import Answered, Totals, answers, open_records
 from tools.evaluation.preferring import Pair, compare_answers, preference_result
@@ -83,9 +83,7 @@ def print_result(options: argparse.Namespace, result: dict[str, float]) -> None:
 
 def check_options(options: argparse.Namespace) -> list[str]:
     """Return the measures that are asked for. Raises `ConfigError` for options that cannot be."""
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} is not positive")
+    check_positive(options, "max_new_tokens", "batch_size")
     metrics = list(dict.fromkeys(filter(None, options.metrics.split(","))))
     if not metrics:
         raise ConfigError(f"--metrics {options.metrics!r} names none: write some of {','.join(METRICS)}")

@@ -24,8 +24,6 @@ from model.build import DTYPES, assemble
 from model.card import ModelCard, base_digests, write_card
 from model.errors import ConfigError
 from model.files.hub import read_json
-from model.files.proof import proof_entry
-from model.files.tensor_files import Entry, dump_json, in_memory
 from model.load import check_loadable
 from model.multimodal import MultimodalLM
 from model.published.table import find_layout, part_config
@@ -35,7 +33,7 @@ from tools.cli import command_parser, run_command
 from tools.exports.output_folder import listing, new_folder
 from tools.exports.proofs import batch_of, in_float32, logits, sample
 from tools.exports.reference import prove_against
-from tools.merge_lora import write_merged_part
+from tools.merge_lora import write_merged_part, write_proof
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records.run_data import open_vocabulary
@@ -60,7 +58,8 @@ def import_model(source: str, out: Path, *, link: bool = False, cache_dir: str =
         write_all_parts(model, card, folder, link)
         processor.save(folder)
         (folder / "run.toml").write_text(to_toml(run_file(source, cache_dir, out)))
-        seal(folder)
+        check_loadable(folder)
+        write_proof(folder, "every tensor's bytes, after reopening")
         proof = prove_import(source, model, processor, cache_dir)
     print(f"{proof}\n{out}:\n{listing(out)}")
     print(f"{out / 'run.toml'} starts from {source}, whose tensors {out} holds too, and writes into {out.absolute()}-run")
@@ -104,20 +103,12 @@ def write_all_parts(model: MultimodalLM, card: ModelCard, folder: Path, link: bo
     for name, part in config.parts().items():
         if name in linked:
             continue
-        named = model.get_submodule(name).named_parameters()
-        write_merged_part(folder, name, {n: Entry(model.dtype, tuple(p.shape), in_memory(p.detach()).all) for n, p in named})
+        write_merged_part(folder, name, model)
         alone: dict[str, Any] = {"tune": "full"} if name in card.hugging_face else {"path": ""}
         alone |= {"adapter": ""} if name == "llm" else {}
         config = replace(config, **{name: replace(part, **alone)})  # type: ignore[arg-type]
     bases = base_digests(card.model) if link else {}
     write_card(replace(card, model=config, bases=bases), folder)
-
-
-def seal(folder: Path) -> None:
-    """Check that every parameter has a value in the folder, and write proof.json."""
-    files = {path.name: proof_entry(path) for path in sorted(folder.glob("*.safetensors"))}
-    check_loadable(folder)
-    (folder / "proof.json").write_text(dump_json({"files": files, "compared": "every tensor's bytes, after reopening"}))
 
 
 def prove_import(source: str, model: MultimodalLM, processor: Processor, cache_dir: str) -> str:

@@ -83,10 +83,14 @@ def sample_text(entry: InspectorEntry, colour: bool) -> str:
             stretches += [f"{DIM}{text}{RESET}" if colour else text for text in texts]
             continue
         text = printable_lines("".join(piece.text for piece in group if not isinstance(piece, Box)))
-        hue, left, right = MARKS.get(mark, ("", "", ""))
-        stretches.append(f"{hue}{text}{RESET if hue else ''}" if colour else f"{left}{text}{right}")
+        stretches.append(_marked(text, mark, colour))
     answers = (f"\n{answer.role}: {_answer_text(answer, colour)}" for answer in entry.answers)
     return "".join(stretches).rstrip("\n") + "".join(answers)
+
+
+def _marked(text: str, mark: str, colour: bool) -> str:
+    hue, left, right = MARKS.get(mark, ("", "", ""))
+    return f"{hue}{text}{RESET if hue else ''}" if colour else f"{left}{text}{right}"
 
 
 def _answer_text(answer: AnswerText, colour: bool) -> str:
@@ -94,8 +98,7 @@ def _answer_text(answer: AnswerText, colour: bool) -> str:
     made = []
     for counts, group in itertools.groupby(answer.pieces, key=lambda piece: piece.learned):
         text = printable_lines("".join(piece.text for piece in group))
-        hue, left, right = MARKS["learned" if answer.is_wanted else "unwanted"] if counts else ("", "", "")
-        made.append(f"{hue}{text}{RESET if hue else ''}" if colour else f"{left}{text}{right}")
+        made.append(_marked(text, ("learned" if answer.is_wanted else "unwanted") if counts else "", colour))
     return "".join(made).rstrip("\n")
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
+from data.text.chat_formats import jinja_file
 from data.text.tokenizer import save_tokenizer
 from model.errors import ConfigError
 from model.files.untrusted import Json
@@ -25,11 +26,7 @@ from tools.demos.run_files import QUESTIONS, write_run_file
 NUM_TRAIN = 1500  # of 1,797; the rest is held out
 SIDE, VOCAB, SEED = 32, 300, 0
 MEAN, STD = 0.5, 0.5
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+CHAT_TEMPLATE = jinja_file("tools.demos", "chatml.jinja")
 
 
 def answer(task: str, digit: int) -> str:
@@ -66,9 +63,13 @@ def load_pictures() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def record(task: str, split: str, number: int, digit: int) -> Json:
-    asked = {"from": "human", "value": f"<image>\n{QUESTIONS[task]}"}
-    said = {"from": "gpt", "value": answer(task, digit)}
-    return {"id": f"{task}-{number:04d}", "image": f"{split}/{number:04d}.png", "conversations": [asked, said]}
+    turns = one_round(f"<image>\n{QUESTIONS[task]}", answer(task, digit))
+    return {"id": f"{task}-{number:04d}", "image": f"{split}/{number:04d}.png", "conversations": turns}
+
+
+def one_round(question: str, answer: str) -> list[dict[str, str]]:
+    """Return a question and its answer as turns of a record."""
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def train_tokenizer(corpus: Sequence[str], vocab: int) -> PreTrainedTokenizerFast:
@@ -88,28 +89,31 @@ def train_tokenizer(corpus: Sequence[str], vocab: int) -> PreTrainedTokenizerFas
 
 def write_parts(folder: Path, tokenizer: PreTrainedTokenizerFast, vocab: int) -> None:
     """Write folder/llm and folder/vision: random weights, in the layout of the hub."""
-    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     sizes: Json = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     # The 0.02 of wide models would leave the tied head too small: run 2, which cannot change it, would never be sure of an answer.
     shape: Json = {"num_key_value_heads": 2, "initializer_range": 0.1, "tie_word_embeddings": True}
-    llm = Qwen2Config(vocab_size=vocab, max_position_embeddings=512, **shape, **sizes, **tokens)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-    tower = CLIPVisionConfig(image_size=SIDE, patch_size=8, **sizes)
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        Qwen2ForCausalLM(llm).save_pretrained(folder / "llm")
-        CLIPVisionModel(tower).save_pretrained(folder / "vision")
-    save_tokenizer(tokenizer, folder / "llm")
+        write_small_llm(folder / "llm", tokenizer, vocab_size=vocab, max_position_embeddings=512, **shape, **sizes)
+        CLIPVisionModel(CLIPVisionConfig(image_size=SIDE, patch_size=8, **tower)).save_pretrained(folder / "vision")
     text = json.dumps(image_processor(), indent=2, sort_keys=True)
     (folder / "vision" / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def image_processor() -> Json:
+def write_small_llm(folder: Path, tokenizer: PreTrainedTokenizerFast, **shape: object) -> None:
+    """Write a Qwen2 of `shape` with random weights, drawn from the global generator, and its tokenizer."""
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    Qwen2ForCausalLM(Qwen2Config(**shape, **tokens)).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def image_processor(side: int = SIDE) -> Json:
     """Return the settings that CLIPImageProcessor reads."""
-    square = {"height": SIDE, "width": SIDE}
+    square = {"height": side, "width": side}
     return {
         "image_processor_type": "CLIPImageProcessor",
-        **{"do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": SIDE}, "resample": 3},
+        **{"do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": side}, "resample": 3},
         **{"do_center_crop": True, "crop_size": square, "do_rescale": True, "rescale_factor": 1 / 255},
         **{"do_normalize": True, "image_mean": [MEAN] * 3, "image_std": [STD] * 3},
     }

@@ -29,6 +29,7 @@ from model.exports.trained_files import changed_parts, projector, write_file
 from model.files.proof import proof_entry
 from model.files.tensor_files import Entry, dump_json, in_memory, tensor_digests, write_safetensors
 from model.load import load_model
+from model.multimodal import MultimodalLM
 from tools.cli import command_parser, run_command
 from tools.exports.output_folder import listing, new_folder
 from tools.exports.proofs import batch_of, check_close, logits, sample
@@ -76,21 +77,26 @@ def write_merged(source: Path, folder: Path, card: ModelCard, processor: Process
     model = load_model(source)
     parts = changed_parts(source, card)
     for part in sorted(parts - {"vision_projector"}):
-        named = model.get_submodule(part).named_parameters()
-        entries = {name: Entry(model.dtype, tuple(p.shape), in_memory(p.detach()).all) for name, p in named}
-        write_merged_part(folder, part, entries)
+        write_merged_part(folder, part, model)
     if card.model.vision_projector is not None and (tensors := projector(source, card)):
         write_file(folder / "vision_projector.safetensors", tensors)
     dtype = str(model.dtype).removeprefix("torch.")
     alone = replace(standalone(card.model, parts), dtype=dtype)  # type: ignore[arg-type]
     write_card(replace(card, model=alone, quantize=QuantizeConfig()), folder)
     processor.save(folder)
+    write_proof(folder, "float32 logits of a sample, merged and unmerged; every tensor's bytes after reopening")
+
+
+def write_proof(folder: Path, compared: str) -> None:
+    """Write proof.json of the weight files in `folder`; `compared`: in words."""
     files = {path.name: proof_entry(path) for path in sorted(folder.glob("*.safetensors"))}
-    proof = {"files": files, "compared": "float32 logits of a sample, merged and unmerged; every tensor's bytes after reopening"}
-    (folder / "proof.json").write_text(dump_json(proof))
+    (folder / "proof.json").write_text(dump_json({"files": files, "compared": compared}))
 
 
-def write_merged_part(folder: Path, part: str, entries: dict[str, Entry]) -> None:
+def write_merged_part(folder: Path, part: str, model: MultimodalLM) -> None:
+    """Write every parameter of a part of `model`. Raises `ProofError` where what is read back is not what was written."""
+    named = model.get_submodule(part).named_parameters()
+    entries = {name: Entry(model.dtype, tuple(p.shape), in_memory(p.detach()).all) for name, p in named}
     for name, group in split_files(part, entries):
         with (folder / name).open("wb") as out:
             written = write_safetensors(out, group)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import ConfigError
-from tools.cli import command_parser, printable_lines, run_command
+from tools.cli import check_positive, command_parser, printable_lines, run_command
 from trainer.runfile.toml_files import without_dashes
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def plan(options: argparse.Namespace) -> None:
     from trainer.runfile.stages import stage_for_reading
     from trainer.setup import resolve_config
 
-    if options.ranks < 1:
-        raise ConfigError(f"--ranks {options.ranks} is not positive")
+    check_positive(options, "ranks")
     if options.memory is not None and not (options.memory > 0 and math.isfinite(options.memory)):
         raise ConfigError(f"--memory {options.memory} is not a positive number of GiB")
     stage = stage_for_reading(load_config(options.cfg, options.overrides), options.stage)
@@ -77,14 +76,10 @@ def check_adapter(card: ModelCard) -> None:
     import torch
 
     from model.build import assemble
-    from model.published.table import find_layout
-    from model.weights.peft_adapter import local_adapter, read_adapter
+    from model.weights.origins import configured_adapter
 
     if card.lora.path and Path(card.lora.path).exists():
-        model = assemble(card, torch.float32)
-        inside = find_layout("model.llm.path", card.model.llm.path, card.model.cache_dir) is not None
-        parts = {name: model.get_submodule(name) for name in sorted(card.lora_parts)}
-        read_adapter(local_adapter("lora.path", card.lora.path, card.model.cache_dir), card.lora, parts, inside)
+        configured_adapter(Path(card.lora.path), card, assemble(card, torch.float32))
 
 
 def main(argv: list[str] | None = None) -> int:

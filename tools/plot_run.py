@@ -13,6 +13,7 @@ from tools.cli import run_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Curve = tuple[list[int], list[float]]
 
@@ -84,15 +85,20 @@ def draw_one(axes: Axes, lines: list[Json], key: str, title: str) -> None:
     axes.set(title=title, ylim=(0, None))
 
 
-def plot(folder: Path, out: Path) -> None:
+def empty_figure(width: float, height: float) -> Figure:
+    """Return a figure of so many inches. Raises `ConfigError` without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("drawing needs matplotlib, the extra `plot`: pip install -e '.[plot]'") from error
-    lines = read_metrics(folder)
-    figure = Figure(figsize=(11, 7), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def plot(folder: Path, out: Path) -> None:
+    figure, lines = empty_figure(11, 7), read_metrics(folder)
     (losses, rates), (norm, speed) = figure.subplots(2, 2, sharex=True)
     draw_losses(losses, lines)
     draw_rates(rates, lines)

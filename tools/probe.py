@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import ConfigError, DataError
-from tools.cli import command_parser, printable_lines, run_command, write_named
+from tools.cli import check_positive, command_parser, printable_lines, run_command, write_named
 
 if TYPE_CHECKING:
     from model.multimodal import MultimodalLM
@@ -111,9 +111,7 @@ class ProbeResult:
 
 
 def probe(options: argparse.Namespace) -> None:
-    for name in ("records", "batch_size", "heat"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} is not positive")
+    check_positive(options, "records", "batch_size", "heat")
     if not (options.run / "run.toml").is_file():
         raise ConfigError(f"{options.run} is no folder of a run: it has no run.toml")
     from model.deferred_imports import import_transformers

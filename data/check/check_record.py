@@ -71,7 +71,7 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
     keys, by which they are compared with others; for a long text the keys cost more than all the rest.
     """
     try:
-        record = dataset.record(i)
+        record = dataset.record(i, timed=False)
     except Exception as error:
         return Checked((_problem(dataset, i, error),))
     media = dataset.media(i, record)
@@ -88,6 +88,7 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
         metas += [] if medium.meta is None else [medium.meta]
     size, whole, removed, is_too_long = None, 0, 0, False
     try:
+        record = record if problems else media.timed()
         size, removed = _measured(dataset, i, record, metas)
         whole = size.whole if size else 0
     except Exception as error:

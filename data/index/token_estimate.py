@@ -10,13 +10,14 @@ import json
 import math
 import mmap
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from data.config import DataConfig
 from data.index.reader import MAX_RECORD_BYTES, RowError, decode_json
 from data.index.table import KINDS
-from data.media.idefics_tiles import usual_idefics
+from data.media.idefics_tiles import usual_frame_texts, usual_idefics
 from data.media.pixel_budget import least_meta, usual_meta
 from data.media.tiling import typical_plan
 from data.records.content_parts import kind_of_part
@@ -78,11 +79,12 @@ def _usual(kind: str, spec: MediaSpec, config: DataConfig) -> MediaMeta:
     if isinstance(spec, NativeSpec):
         return usual_meta(kind, spec, config)
     if kind == "video":
-        return MediaMeta(num_rows=config.max_frames)
+        found = MediaMeta(num_rows=config.max_frames)
+        return replace(found, inside=usual_frame_texts(config.max_frames)) if config.frame_times else found
     if config.image_fit == "anyres":
         return typical_plan(spec.size, config)
     if config.image_fit == "idefics":
-        return usual_idefics(spec, config.side_tiles)
+        return usual_idefics(spec, config)
     if config.image_fit != "tiles":
         return MediaMeta()
     tiles = math.ceil((config.min_tiles + config.max_tiles) / 2)
@@ -97,7 +99,10 @@ def least_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, i
         if isinstance(spec, NativeSpec):
             found[kind] = num_tokens(spec, least_meta(kind, spec, config))
             continue
-        rows = {"image": config.min_tiles if config.image_fit == "tiles" else 1, "video": config.min_frames}.get(kind, 1)
+        rows = {
+            "image": config.min_tiles if config.image_fit == "tiles" else 1,
+            "video": 1 if config.frame_times else config.min_frames,
+        }.get(kind, 1)
         frames = least_frames(spec) if isinstance(spec, AudioSpec) else 0
         found[kind] = 0 if spec is None else num_tokens(spec, MediaMeta(num_rows=rows, num_frames=frames))
     return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
+from data.config import DataConfig
 from data.media.blob import MediaError
 from data.media.image_decode import Picture, Size
 from data.media.pixel_budget import USUAL
@@ -13,6 +14,8 @@ from model.media_spec import ImageSpec, MediaMeta
 
 MAX_SIDE = 4096
 """Longest side in pixels that the processors resize a picture to, whatever their settings say."""
+USUAL_INTRO, USUAL_TIME = 30, 13
+"""Tokens of the texts before a video of SmolVLM, and before each of its frames."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +47,27 @@ def idefics_plan(size: Size, longest_edge: int, tile: int, *, split: bool = True
     return IdeficsPlan(rows, cols, first, (width, height), tile)
 
 
-def picture_plan(size: Size, tile: int, side_tiles: int) -> IdeficsPlan:
-    """Return the plan of a picture whose longer side becomes `side_tiles` tiles of `tile` pixels. Raises MediaError."""
-    return idefics_plan(size, side_tiles * tile, tile)
+def picture_plan(size: Size, tile: int, config: DataConfig) -> IdeficsPlan:
+    """Return the plan of a picture whose longer side becomes data.side_tiles tiles of `tile` pixels. Raises MediaError."""
+    return idefics_plan(size, config.side_tiles * tile, tile, split=config.cut_tiles)
 
 
-def plan_idefics(size: Size, tile: int, side_tiles: int) -> MediaMeta:
+def plan_idefics(size: Size, tile: int, config: DataConfig) -> MediaMeta:
     """Return the rows and the grid of a picture; one that is not cut is a single view. Raises MediaError."""
-    plan = picture_plan(size, tile, side_tiles)
+    plan = picture_plan(size, tile, config)
     return MediaMeta(plan.rows * plan.cols + 1, grid=(max(plan.cols, 1), max(plan.rows, 1)))
 
 
-def usual_idefics(spec: ImageSpec, side_tiles: int) -> MediaMeta:
+def usual_idefics(spec: ImageSpec, config: DataConfig) -> MediaMeta:
     """Return the facts of a picture of `USUAL` size, with two ids before each view and one behind each line of tiles."""
-    meta = plan_idefics(USUAL, spec.size, side_tiles)
+    meta = plan_idefics(USUAL, spec.size, config)
     down = meta.grid[1] if meta.num_rows > 1 else 0
     return replace(meta, inside=((0, (0,) * (2 * meta.num_rows + down + 1)),))
+
+
+def usual_frame_texts(count: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Return as many ids as stand around `count` frames of a video of SmolVLM, as a rule."""
+    return ((0, (0,) * (USUAL_INTRO + USUAL_TIME * count)),)
 
 
 def idefics_views(picture: Picture, plan: IdeficsPlan, resample: int = Image.Resampling.LANCZOS) -> list[Image.Image]:

@@ -28,7 +28,7 @@ from data.media import tiling as tiles
 from data.media.blob import Blob, MediaError, sampled_bytes
 from data.media.idefics_tiles import first_size, plan_idefics
 from data.media.image_decode import Picture, Size
-from data.media.image_fit import fitted_views, needed_size, resized_size, whole
+from data.media.image_fit import fitted_views, needed_size, resized_size
 from data.records.record import MediaRef
 from model.media_spec import ImageSpec, MediaMeta
 
@@ -48,8 +48,8 @@ def picture_meta(size: Callable[[], Size], spec: ImageSpec, config: DataConfig, 
     """Return the rows of a picture; its size is asked for only where it decides them."""
     if config.image_fit == "anyres" and num_media == 1:
         return tiles.plan_anyres(size(), spec.size, config)
-    if config.image_fit == "idefics":
-        return plan_idefics(size(), spec.size, config.side_tiles)
+    if config.image_fit == "idefics" and config.cut_tiles:
+        return plan_idefics(size(), spec.size, config)
     if config.image_fit != "tiles":
         return MediaMeta()
     max_tiles = tiles.budget(config.max_tiles, num_media)
@@ -75,6 +75,8 @@ def one_view(config: DataConfig) -> DataConfig:
 
     As in LLaVA-NeXT, anyres cuts only a picture that is alone and pads all others.
     """
+    if config.image_fit == "idefics":
+        return replace(config, cut_tiles=False)
     return replace(config, image_fit="pad") if config.image_fit == "anyres" else config
 
 
@@ -84,7 +86,7 @@ def frame_rows(picture: Picture, spec: ImageSpec, config: DataConfig) -> Tensor:
     The picture becomes one view: a frame is never cut into tiles.
     """
     config = one_view(config)
-    return _rows([whole(picture, spec, config.image_fit)], spec, config)
+    return _rows(fitted_views(picture, spec, config, MediaMeta()), spec, config)
 
 
 def size(blob: Blob, spec: ImageSpec, config: DataConfig) -> Size:

@@ -19,7 +19,7 @@ def fitted_views(picture: Picture, spec: ImageSpec, config: DataConfig, meta: Me
     if fit == "anyres":
         return _anyres_views(picture, spec, meta)
     if fit == "idefics":
-        return idefics_views(picture, picture_plan(picture.size, spec.size, config.side_tiles), spec.resample)
+        return idefics_views(picture, picture_plan(picture.size, spec.size, config), spec.resample)
     if fit != "tiles":
         return [whole(picture, spec, fit)]
     (across, down), side = meta.grid, spec.size

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from transformers import PreTrainedTokenizerFast
 
 from data.media.line_ends import with_line_ends
 from data.media.video_stamps import Stamps
+from data.records.frame_times import frame_stamp
 from model.errors import ConfigError
 from model.media_spec import ImageSpec, MediaMeta, MediaSpec, NativeSpec, view_tokens
 
@@ -24,6 +26,7 @@ class TileIds:
     whole: tuple[int, ...]  # before the view of the whole picture, behind its tiles
     alone: tuple[int, ...]  # before it, where it is not cut
     end: tuple[int, ...]
+    write: Callable[[str], tuple[int, ...]]  # ids of a text behind a feature
 
     def inside(self, meta: MediaMeta, width: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """Return what stands inside a picture, each text before its k-th feature. `width`: features of a view."""
@@ -31,6 +34,11 @@ class TileIds:
         tiles = [self.tiles[row][column] for row in range(down) for column in range(across)] if meta.num_rows > 1 else []
         texts = [*tiles, self.whole if tiles else self.alone, self.end]
         return tuple((view * width, ids) for view, ids in enumerate(texts))
+
+    def between(self, moments: Sequence[float], width: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Return what stands inside a video: before each frame its time, but for the first, whose time stands before the video."""
+        stamps = [self.write(f"{AROUND}{frame_stamp(moment)}{AROUND}{WHOLE}") for moment in moments[1:]]
+        return tuple((frame * width, ids) for frame, ids in enumerate([self.alone, *stamps, self.end]))
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,10 @@ class InsideIds:
         """Return the facts about a medium of this kind with the ids inside it."""
         if isinstance(spec, NativeSpec):
             return with_line_ends(meta, spec, self.lines) if self.stamps is None else self.stamps.write(meta)
-        if self.tiles is None or kind != "image" or not isinstance(spec, ImageSpec):
+        if self.tiles is None or not isinstance(spec, ImageSpec):
             return meta
+        if kind == "video":
+            return replace(meta, inside=self.tiles.between(meta.moments, view_tokens(spec)))
         return replace(meta, inside=self.tiles.inside(meta, view_tokens(spec)))
 
 
@@ -62,13 +72,16 @@ def tile_ids(tokenizer: PreTrainedTokenizerFast, placeholder: str, side: int) ->
             "it in model.llm.new_tokens, or use another data.image_fit"
         )
 
-    def ids(text: str) -> tuple[int, ...]:
-        # Behind a feature, where it stands: tokenizers may treat the begin of a text in another way.
-        return tuple(tokenizer(placeholder + text, add_special_tokens=False)["input_ids"][1:])
+    ids = partial(_ids_behind, tokenizer, placeholder)
 
     def tile(row: int, column: int) -> tuple[int, ...]:
         line = "\n" if row and not column else ""
         return ids(f"{line}{AROUND}<row_{row + 1}_col_{column + 1}>")
 
     rows = tuple(tuple(tile(row, column) for column in range(side)) for row in range(side))
-    return TileIds(rows, ids(f"\n\n{AROUND}{WHOLE}"), ids(AROUND + WHOLE), ids(AROUND))
+    return TileIds(rows, ids(f"\n\n{AROUND}{WHOLE}"), ids(AROUND + WHOLE), ids(AROUND), ids)
+
+
+def _ids_behind(tokenizer: PreTrainedTokenizerFast, placeholder: str, text: str) -> tuple[int, ...]:
+    """Return the ids of a text behind a feature, where it stands: tokenizers may treat the begin of a text in another way."""
+    return tuple(tokenizer(placeholder + text, add_special_tokens=False)["input_ids"][1:])

@@ -132,10 +132,6 @@ def _in_range(size: Size, unit: int, pixels: tuple[int, int], frames: tuple[int,
     return fitted
 
 
-def _qwen_size(size: Size, rule: NativeRule) -> Size:
-    return _in_range(size, rule.unit, (rule.min_pixels, rule.max_pixels))
-
-
 def _naflex_size(size: Size, rule: NativeRule) -> Size:
     """Return the size at the greatest scale whose tokens fit, as a search by halves finds it; sides are rounded up."""
     most = rule.max_patches // rule.merge**2
@@ -168,5 +164,9 @@ def _pixtral_size(size: Size, rule: NativeRule) -> Size:
     return -(-width // rule.unit) * rule.unit, -(-height // rule.unit) * rule.unit
 
 
-FITTED: dict[str, Callable[[Size, NativeRule], Size]] = {"qwen": _qwen_size, "naflex": _naflex_size, "pixtral": _pixtral_size}
+FITTED: dict[str, Callable[[Size, NativeRule], Size]] = {
+    "qwen": lambda size, rule: _in_range(size, rule.unit, (rule.min_pixels, rule.max_pixels)),
+    "naflex": _naflex_size,
+    "pixtral": _pixtral_size,
+}
 """Function of each rule that fits a picture's width and height."""

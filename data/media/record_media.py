@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from data.media import audio, image, native_image, native_video, video
 from data.media.blob import Blob, MediaError
 from data.media.inside_ids import InsideIds
 from data.records.record import MediaRef, Record, RecordError
-from model.media_spec import MediaMeta, MediaSpec, NativeSpec
+from model.media_spec import ImageSpec, MediaMeta, MediaSpec, NativeSpec
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,18 @@ class RecordMedia:
     specs: dict[str, MediaSpec]
     config: DataConfig
     inside: InsideIds = field(default_factory=InsideIds)
+
+    def timed(self) -> Record:
+        """Return the record with the frames of its videos chosen where texts around them tell their times. Raises `RecordError`."""
+        if not self.config.frame_times or not self.counts["video"]:
+            return self.record
+        return replace(self.record, media=tuple(self._timed(ref) for ref in self.record.media))
+
+    def _timed(self, ref: MediaRef) -> MediaRef:
+        if ref.kind != "video" or not isinstance(spec := self.specs[ref.modality], ImageSpec):
+            return ref
+        with self.named(ref):
+            return replace(ref, times=video.frame_times(self.blob(ref), ref, spec, self.config))
 
     def measure(self, ref: MediaRef) -> MediaMeta:
         """Measure a medium by its header, or by decoding it where the header is not enough."""

@@ -56,16 +56,13 @@ class Parts:
         named = [local_path(value, field) for value in places if value is not None]
         paths = list(dict.fromkeys(held or named))  # beside its bytes, a path is the medium's name
         if (
-            isinstance(holder, dict) and not paths and not self._is_named(kind)
+            isinstance(holder, dict) and not paths and is_absent(self._raw.get(kind)) and is_absent(self._raw.get(f"{kind}s"))
         ):  # a .parquet file may hold the bytes there, which are not read with the text
             raise FieldError(field, f"has {name!r} without a path; {_readable(kind)}")
         if len(paths) > 1:
             raise FieldError(field, f"names {paths[0][:60]!r} and {paths[1][:60]!r}; keep one")
         self.media += [MediaRef(kind, path) for path in paths]
         return PLACEHOLDERS[kind]
-
-    def _is_named(self, kind: str) -> bool:
-        return not (is_absent(self._raw.get(kind)) and is_absent(self._raw.get(f"{kind}s")))
 
     def _check_index(self, index: object, kind: str, field: str) -> None:
         """Count a part and check its index: the k-th part of a kind is the record's k-th medium of that kind.

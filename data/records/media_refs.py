@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from data.records.fields import FieldError, inline_path, is_absent, kind_of, local_path
+from data.records.frame_times import FrameTimes
 from model.batch import IGNORE_INDEX
 from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS, READ_BY
@@ -29,6 +30,7 @@ class MediaRef:
     set: str = ""  # key of media_root for its folder (VITA); "": the key is its kind
     span: tuple[float, float] | None = None  # seconds of a video that are watched; None: all of it
     label: int = IGNORE_INDEX  # user state after a clip
+    times: FrameTimes | None = None  # of a video whose frames have theirs written before them, once they are chosen
 
     @property
     def modality(self) -> str:

@@ -178,15 +178,12 @@ def _negative_turn(value: object, turns: tuple[Turn, ...], shift: int) -> int | 
         return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise FieldError("inserted_id", f"is {kind_of(value)}, not the number of a turn, counted from 0")
-    written = {i + shift: i for i in range(len(turns)) if _answers_sound(turns, i)}
+    answers = [i for i in range(1, len(turns)) if turns[i].role == "assistant" and PLACEHOLDERS["audio"] in turns[i - 1].content]
+    written = {i + shift: i for i in answers}
     if value not in written:
         allowed = ", ".join(map(str, written)) or "none"
         raise FieldError("inserted_id", f"turn {str(value)[:60]} answers no turn with <audio>; turns that do: {allowed}")
     return written[value]
-
-
-def _answers_sound(turns: tuple[Turn, ...], i: int) -> bool:
-    return i > 0 and turns[i].role == "assistant" and PLACEHOLDERS["audio"] in turns[i - 1].content
 
 
 def _interrupted(value: object, num_clips: int) -> bool:

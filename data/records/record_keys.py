@@ -45,6 +45,8 @@ def with_system(raw: Json, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 def check_record_keys(raw: Json, turns: tuple[Turn, ...]) -> None:
     """Raise `FieldError` for a key that another trainer would act on and that is not read here."""
+    has_video = not (is_absent(raw.get("video")) and is_absent(raw.get("videos")))
+    is_whole_video = has_video and is_absent(raw.get("video_range"))
     for key, value in raw.items():
         if is_absent(value):
             continue
@@ -54,9 +56,9 @@ def check_record_keys(raw: Json, turns: tuple[Turn, ...]) -> None:
             raise FieldError(key, "says that the record is not learned; say it of its answers, or leave the record out")
         if key == "objects" and any(mark in turn.content for turn in turns for mark in _BOXES):
             raise FieldError(key, f"fills {' and '.join(_BOXES)} of the turns and is not read here; write its words into them")
-        if key in _CUTS and _is_seconds(value) and _is_whole_video(raw):
+        if key in _CUTS and _is_seconds(value) and is_whole_video:
             raise FieldError(key, "may say what is watched of the video and is not read here; write video_range, or remove it")
-        if key in _COPIES and not _is_copy(value, turns):
+        if key in _COPIES and not (isinstance(value, str) and any(value.strip() in turn.content for turn in turns)):
             raise FieldError(key, "holds what no turn of the record says, and is not read here; make it a turn, or remove it")
 
 
@@ -65,13 +67,5 @@ def _unlearned(key: str, value: object) -> bool:
     return value is False or (key == "weight" and not isinstance(value, bool) and value == 0)
 
 
-def _is_whole_video(raw: Json) -> bool:
-    return not (is_absent(raw.get("video")) and is_absent(raw.get("videos"))) and is_absent(raw.get("video_range"))
-
-
 def _is_seconds(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_copy(value: object, turns: tuple[Turn, ...]) -> bool:
-    return isinstance(value, str) and any(value.strip() in turn.content for turn in turns)

@@ -18,14 +18,12 @@ def read_tools(raw: Json) -> tuple[Json, ...]:
     given = [key for key in ("tools", "functions") if not is_absent(raw.get(key))]
     if len(given) > 1:
         raise FieldError("tools", "both 'tools' and 'functions' are there; keep one")
-    return tuple(tool for key in given for tool in _definitions(raw[key], key))
-
-
-def _definitions(value: object, field: str) -> list[Json]:
-    value = _parsed(value, field)
+    if not given:
+        return ()
+    field, value = given[0], _parsed(raw[given[0]], given[0])
     if not isinstance(value, list):
         raise FieldError(field, f"is {kind_of(value)}, not a list of tools")
-    return [_definition(tool, f"{field}[{i}]") for i, tool in enumerate(value)]
+    return tuple(_definition(tool, f"{field}[{i}]") for i, tool in enumerate(value))
 
 
 def _definition(tool: object, field: str) -> Json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from data.records.frame_times import with_frame_texts
 from data.records.placeholders import only_placeholders, placeholders_first, with_tokens
 from data.records.record import Record, RecordError
 from data.text.abilities import Message
@@ -21,6 +22,7 @@ class Wording:
     state_tokens: str  # none | glyphs | digits
     tokens: Mapping[str, str]  # what stands for a medium in the contents, by modality
     placeholders_only: bool  # keep nothing of the question but its placeholders
+    parts: bool = False  # the template takes contents as lists of parts
 
 
 def media_kinds(record: Record) -> tuple[str, ...]:
@@ -42,6 +44,9 @@ def write_messages(record: Record, wording: Wording) -> list[Message]:
             raise _error(record, f"no placeholder in the question; template {wording.template!r} keeps nothing else of it")
     if wording.placeholders == "first":
         contents = [placeholders_first(content) for content in contents]
+    if any(ref.times for ref in record.media):
+        times = iter([ref.times for ref in record.media])
+        contents = [with_frame_texts(content, times, parts=wording.parts) for content in contents]
     contents = [with_tokens(content, wording.tokens, wording.media_wrap) for content in contents]
     if tokens := STATE_TOKENS[wording.state_tokens]:
         for i, turn in enumerate(record.turns):

@@ -10,32 +10,14 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from data.text.chat_formats import FORMATS, freeze_date
+from data.text.chat_formats import FORMATS, freeze_date, jinja_file
 from data.text.render import RenderError, apply
 from model.errors import ConfigError
 from model.media_spec import PLACEHOLDERS
 
 _WORD = "qzword"
 # A placeholder stands on a line of its own in records; the line breaks beside it belong to it, and the template writes its own.
-PRELUDE = """\
-{%- set flat = namespace(messages=[], parts=[], text='') -%}
-{%- for message in messages -%}
-{%- if message['content'] is string -%}
-{%- set flat.parts = [] -%}
-{%- set seen = message['content'].split('<image>') -%}
-{%- for between in seen -%}
-{%- if not loop.first -%}{%- set flat.parts = flat.parts + [{'type': 'image', 'image': ''}] -%}{%- endif -%}
-{%- set last_seen = loop.last -%}{%- set first_seen = loop.first -%}
-{%- for piece in between.split('<audio>') -%}
-{%- if not loop.first -%}{%- set flat.parts = flat.parts + [{'type': 'audio', 'audio': '', 'audio_url': ''}] -%}{%- endif -%}
-{%- set flat.text = piece -%}
-{%- if not (loop.first and first_seen) and flat.text[:1] == '\\n' -%}{%- set flat.text = flat.text[1:] -%}{%- endif -%}
-{%- if not (loop.last and last_seen) and flat.text[-1:] == '\\n' -%}{%- set flat.text = flat.text[:-1] -%}{%- endif -%}
-{%- if flat.text -%}{%- set flat.parts = flat.parts + [{'type': 'text', 'text': flat.text}] -%}{%- endif -%}
-{%- endfor -%}{%- endfor -%}
-{%- set flat.messages = flat.messages + [dict(message, content=flat.parts)] -%}
-{%- else -%}{%- set flat.messages = flat.messages + [message] -%}{%- endif -%}
-{%- endfor -%}{%- set messages = flat.messages -%}"""
+PRELUDE = jinja_file(__package__, "parts_prelude.jinja")
 
 
 def named_source(name: str, lead: str, tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> str:

@@ -45,10 +45,7 @@ class TemplateInputs:
 
 
 def apply(
-    tokenizer: PreTrainedTokenizerFast,
-    source: str,
-    messages: Sequence[Message],
-    inputs: TemplateInputs = TemplateInputs(),
+    tokenizer: PreTrainedTokenizerFast, source: str, messages: Sequence[Message], inputs: TemplateInputs = TemplateInputs()
 ) -> str:
     """Render the messages with the tokenizer's own chat-template code.
 
@@ -109,12 +106,7 @@ class Renderer:
         return found
 
     def _marked(
-        self,
-        text: str,
-        messages: Sequence[Message],
-        learn: Sequence[bool],
-        given: TemplateInputs,
-        late: frozenset[int],
+        self, text: str, messages: Sequence[Message], learn: Sequence[bool], given: TemplateInputs, late: frozenset[int]
     ) -> Rendering:
         """Render the conversation with marks, and find every turn in the rendering without marks, `text`. Raises as `render`."""
         marker = Marker(self.written, self.tags)

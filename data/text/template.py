@@ -18,7 +18,7 @@ from data.text.encoded import Encoded, Row, check_row, round_ends
 from data.text.layouts import Rendering, TextLayouts
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
-from data.text.parts_template import content_tokens, named_source, template_tokens
+from data.text.parts_template import content_tokens, named_source, takes_parts, template_tokens
 from data.text.render import Renderer, RenderError, apply
 from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, shortened_turn
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
@@ -162,8 +162,8 @@ class Template:
 
     @cached_property
     def _wording(self) -> Wording:
-        only = self.name in FORMATS and FORMATS[self.name].placeholders_only
-        return Wording(self.name, self.placeholders, self.media_wrap, self.state_tokens, self.tokens, only)
+        wrap, only = self.media_wrap, self.name in FORMATS and FORMATS[self.name].placeholders_only
+        return Wording(self.name, self.placeholders, wrap, self.state_tokens, self.tokens, only, takes_parts(self.source))
 
     @property
     def layouts(self) -> TextLayouts:

@@ -12,6 +12,7 @@ from functools import partial
 
 from model.card import ModelCard
 from model.errors import ConfigError
+from model.exports.hf_idefics import CONNECTOR_NAMES, DECODER_NAMES, TOWER_NAME, idefics_config, idefics_problems
 from model.exports.hf_native import NativeForm, native_config, native_problems, native_text
 from model.exports.hf_pixtral import (
     MERGER_NAMES,
@@ -82,10 +83,7 @@ def _nearest(card: ModelCard, facts: MediaFacts) -> HfClass:
     if kind == SHUFFLE:
         return INTERN_VL
     if kind in SHUFFLES:
-        raise ConfigError(
-            f"model.vision_projector.kind = {kind!r} is that of Idefics3 and SmolVLM, whose folders are read and not written: "
-            "their processors' files are not made here; --for safetensors writes each part's file, --for llm the language model"
-        )
+        return SMOLVLM if card.hugging_face["vision"]["model_type"] == "smolvlm_vision" else IDEFICS3
     if facts.fit == "anyres":
         return ONEVISION if facts.anyres_max else NEXT
     return LLAVA
@@ -250,4 +248,13 @@ LLAVA_PIXTRAL = _pixtral(LLAVA.name, LLAVA.model_type, MLP_NAMES, PixtralForm(ML
 MISTRAL3 = _pixtral(
     "Mistral3ForConditionalGeneration", "mistral3", MERGER_NAMES, PixtralForm(MISTRAL_MERGER, OF_MISTRAL, MISTRAL_EPSILON)
 )
-CLASSES = (LLAVA, NEXT, ONEVISION, INTERN_VL, QWEN2_AUDIO, *NATIVE, LLAVA_PIXTRAL, MISTRAL3)
+
+
+def _idefics(name: str, model_type: str) -> HfClass:
+    problems = partial(idefics_problems, tower=f"{model_type}_vision")
+    return HfClass(name, model_type, CONNECTOR_NAMES, problems, idefics_config, llm=DECODER_NAMES, tower=TOWER_NAME)
+
+
+IDEFICS3 = _idefics("Idefics3ForConditionalGeneration", "idefics3")
+SMOLVLM = _idefics("SmolVLMForConditionalGeneration", "smolvlm")
+CLASSES = (LLAVA, NEXT, ONEVISION, INTERN_VL, QWEN2_AUDIO, *NATIVE, LLAVA_PIXTRAL, MISTRAL3, IDEFICS3, SMOLVLM)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from model.exports.hf_classes import INTERN_VL, LLAVA, NATIVE, NEXT, ONEVISION, HfClass, strategy
+from collections.abc import Callable
+from functools import partial
+
+from model.exports.hf_classes import IDEFICS3, INTERN_VL, LLAVA, NATIVE, NEXT, ONEVISION, SMOLVLM, HfClass, strategy
+from model.exports.hf_idefics import frame_reader, idefics_reader
 from model.exports.hf_native import native_clips, native_pixels
 from model.exports.hf_pixtral import PROCESSOR, pixtral_reader
 from model.exports.media_facts import MediaFacts
@@ -36,6 +40,8 @@ def named_tokens(target: HfClass, facts: MediaFacts) -> dict[str, str]:
     video = {"video_token": PLACEHOLDERS["video"]}
     if target is ONEVISION:
         return {"image_token": facts.tokens["image"], **video}
+    if target in (IDEFICS3, SMOLVLM):
+        return {"image_token": facts.tokens["image"]}
     if target.native:
         return {"image_token": facts.tokens["image"], "video_token": facts.tokens["video"]}
     before, after = facts.around
@@ -142,9 +148,16 @@ def _pixtral(spec: ImageSpec, facts: MediaFacts) -> tuple[Json, Json]:
     return own, {**image, **_normalising(spec)}
 
 
+def _idefics(spec: ImageSpec, facts: MediaFacts, kind: str) -> tuple[Json, Json]:
+    own, image = idefics_reader(spec, facts, kind)
+    return own, {**image, **_normalising(spec)}
+
+
 def _frames(spec: ImageSpec, facts: MediaFacts, target: HfClass) -> Json:
     if isinstance(spec, NativeSpec) and target.native:
         return {**native_clips(spec, facts, target.native), **_normalising(spec)}
+    if target is SMOLVLM:
+        return {**frame_reader(spec, facts), **_normalising(spec)}
     kind = target.name.removesuffix("ForConditionalGeneration") + "VideoProcessor"
     return {"video_processor_type": kind, "size": _square(spec), **_normalising(spec)}
 
@@ -173,13 +186,15 @@ def _hearing_files(spec: AudioSpec, facts: MediaFacts) -> dict[str, Json]:
     return {NESTED: {**whole, "feature_extractor": extractor}, FLAT: {**extractor, "processor_class": whole["processor_class"]}}
 
 
-_READERS = {
+_READERS: dict[str, Callable[[ImageSpec, MediaFacts], tuple[Json, Json]]] = {
     LLAVA.name: _llava,
     NEXT.name: _next,
     ONEVISION.name: _onevision,
     INTERN_VL.name: _intern,
     **{target.name: _native for target in NATIVE},
     PROCESSOR: _pixtral,
+    IDEFICS3.name: partial(_idefics, kind="Idefics3ImageProcessor"),
+    SMOLVLM.name: partial(_idefics, kind="SmolVLMImageProcessor"),
 }
-SEES_VIDEOS = (ONEVISION, INTERN_VL, *NATIVE)
+SEES_VIDEOS = (ONEVISION, INTERN_VL, *NATIVE, SMOLVLM)
 """Classes whose processors have a reader of videos."""

@@ -20,8 +20,10 @@ class MediaFacts:
     around_clips: tuple[str, str] = ("", "")  # texts that the chat template itself writes before and after every clip
     around_pictures: tuple[str, ...] = ()  # texts that the chat template or data.media_wrap writes before and after every picture
     pixels: tuple[int, int] = (0, 0)  # least and most of a picture that is read at its own size
-    longest: int = 0  # side of such a picture in pixels; 0 = any
+    longest: int = 0  # longest side in pixels of such a picture, or of one before it is cut as 'idefics' does; 0 = any
     clip_pixels: tuple[int, int] = (0, 0)  # least and most of a video that is read at its own size, or of each of its frames
+    cut: bool = True  # pictures are cut into tiles as 'idefics' does
+    sampling: tuple[float, int] = (1.0, 1)  # frames of a video per second, and the most of them
     tokens: dict[str, str] = field(default_factory=dict)  # placeholder by modality
     ids: dict[str, int] = field(default_factory=dict)  # token id of that placeholder, and of texts around pictures
 

@@ -137,13 +137,7 @@ def _varlen_options(*, scaling: float | None = None, sliding_window: int | None 
 
 
 def takes_varlen(
-    query: Tensor,
-    value: Tensor,
-    *,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    **_: object,
+    query: Tensor, value: Tensor, *, dropout: float = 0.0, is_causal: bool | None = None, softcap: float | None = None, **_: object
 ) -> bool:
     """Tell whether the varlen kernel supports these inputs and options on this device."""
     if softcap is not None or not query.is_cuda or not {"window_size", "scale"} <= varlen_options():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from model.errors import ConfigError
 from model.llm.interface import CausalLM
@@ -53,14 +52,9 @@ def axis_of(sections: tuple[int, ...], interleaved: bool) -> Tensor:
     return axis
 
 
-def axis_sections(config: PretrainedConfig) -> tuple[int, ...]:
-    """Return the pairs of numbers that each axis turns; () for positions of one axis."""
-    return tuple(getattr(config, SECTIONS, None) or ())
-
-
 def add_axes(llm: CausalLM) -> None:
     """Give the decoder positions of three axes where its config.json says so. Raises `ConfigError` where it has no plain ones."""
-    sections = axis_sections(llm.config)
+    sections = tuple(getattr(llm.config, SECTIONS, None) or ())
     if not sections:
         return
     decoder = llm.get_decoder()

@@ -119,12 +119,8 @@ class PreferenceTuning:
         seen, self.seen = self.seen, None
         for scores in seen:
             self.shift.add(scores)
-        return [_with_reference(batch, scores) for batch, scores in zip(batches, seen)]
-
-
-def _with_reference(batch: Batch, scores: Scores) -> Batch:
-    """Return the batch with the reference that was computed for it, also where it has no answers: no rank computes it again."""
-    return replace(batch, answers=replace(scores.answers, reference=scores.reference))
+        # Batches without answers too: no rank computes a reference again.
+        return [replace(batch, answers=replace(of.answers, reference=of.reference)) for batch, of in zip(batches, seen)]
 
 
 @contextmanager

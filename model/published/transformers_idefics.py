@@ -14,6 +14,7 @@ WRITTEN = {"fake_image_token": "<fake_token_around_image>", "global_image_token"
 """Texts that the processors write around views, by the tokenizer's key that may name others."""
 LONGEST, TILE, TOKENS = 4 * 364, 364, 169
 """Where the processor's files name none, as in transformers' classes: sides in pixels, and tokens of a view."""
+SMOLVLM = "smolvlm"
 SIDES = (2, 3, 4)
 """Sides of the square of patches that becomes one token."""
 
@@ -41,9 +42,30 @@ def idefics_settings(source: Published) -> Settings:
         "model.vision_projector.newline": Given(False),
         "data.image_fit": Given("idefics"),
         "data.side_tiles": Given(side_tiles(source), free=True),
+        "data.cut_tiles": Given(pixel_settings(source).get("do_image_splitting") is not False, free=True),
         "data.media_wrap": Given([]),
         "data.template": template_setting(source),
+        **_video_settings(source),
     }
+
+
+def _video_settings(source: Published) -> Settings:
+    """Return how videos are read: by Idefics3 not at all, by SmolVLM where its frames take the size of pictures on their way.
+
+    Their settings stand in the processor's file, a file of their own or that of pictures, whichever transformers reads first.
+    """
+    if source.whole.model_type != SMOLVLM:
+        return {"data.frame_times": Given(False)}
+    nested, own = source.json("processor_config.json").get("video_processor"), source.json("video_preprocessor_config.json")
+    found, pixels = nested or own or pixel_settings(source), pixel_settings(source)
+    sampling = found.get("video_sampling") or {}
+    sides = found.get("size") or sampling.get("video_size") or {"longest_edge": LONGEST}
+    same = sides.get("longest_edge") == (pixels.get("size") or {}).get("longest_edge", LONGEST)
+    settings = {"data.frame_times": Given(same, free=True), "data.min_frames": Given(1, free=True)}
+    for key, kind in (("fps", float), ("max_frames", int)):
+        if isinstance(value := sampling.get(key), (int, float)) and value > 0:
+            settings[f"data.{key}"] = Given(kind(value), free=True)
+    return settings
 
 
 def side_tiles(source: Published) -> int:
@@ -52,11 +74,6 @@ def side_tiles(source: Published) -> int:
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if pixels.get(key) is False:
             raise source.refused(f"{key} = false among the image processor's settings; pictures here are resized and normalised")
-    if pixels.get("do_image_splitting") is False and "data.side_tiles" not in source.written:
-        raise source.refused(
-            "do_image_splitting = false among the image processor's settings; pictures here are cut: write data.side_tiles = 1 for "
-            "one view of each, resized in other steps, or as many as the model knows"
-        )
     side, tile = whole["vision_config"]["image_size"], (pixels.get("max_image_size") or {}).get("longest_edge", TILE)
     if tile != side:
         raise source.refused(

@@ -91,15 +91,12 @@ def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
 def check_adapter_beside(path: str, adapter: str) -> None:
     """Refuse a base with an adapter in its folder that `adapter`, lora.path, does not name: transformers would load it on top."""
     folder = Path(path)
-    if (folder / CONFIG).is_file() and not (adapter and Path(adapter).resolve() in (folder.resolve(), *_adapters(folder))):
+    own = [place.resolve() for place in (folder, folder / WEIGHTS, folder / PICKLED)]
+    if (folder / CONFIG).is_file() and not (adapter and Path(adapter).resolve() in own):
         raise ConfigError(
             f"{LLM} = {path!r} holds an adapter beside the weights ({CONFIG}), which transformers would load on top of them: name "
             f"it as lora.path = {path!r} to go on with it, or move {CONFIG} and adapter_model.* away to start from the base alone"
         )
-
-
-def _adapters(folder: Path) -> list[Path]:
-    return [(folder / name).resolve() for name in (WEIGHTS, PICKLED)]
 
 
 def integers(module: nn.Module) -> set[str]:

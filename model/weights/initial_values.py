@@ -51,10 +51,7 @@ def initial_adapter(path: str, lora_a: Tensor, lora_b: Tensor, seed: int) -> Ten
     """
     shape_a, shape_b = tuple(lora_a.shape), tuple(lora_b.shape)
     name = f"{path}.lora_A"
-    return {
-        name: uniform(name, shape_a, 1 / math.sqrt(shape_a[1]), seed),
-        f"{path}.lora_B": constant(shape_b, 0.0),
-    }
+    return {name: uniform(name, shape_a, 1 / math.sqrt(shape_a[1]), seed), f"{path}.lora_B": constant(shape_b, 0.0)}
 
 
 def constant(shape: tuple[int, ...], value: float) -> LazyTensor:

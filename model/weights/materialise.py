@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -180,31 +180,38 @@ def find_values(model: nn.Module, layers: list[Layer]) -> list[tuple[Owner, list
     A quantised layer stands for its codes and scales, named as its matrix. Raises `ConfigError` when a value is missing or has
     another shape.
     """
-    aliases = owners(model)
-    found: list[tuple[Owner, list[str], LazyTensor]] = []
-    missing, misshapen = [], []
-    for owner, names in aliases.items():
-        rows = next((r for r in (resolve_value(name, layers) for name in names) if r is not None), None)
-        if rows is None:
-            missing.append(names[0])
-        elif rows.shape != tuple(owner.shape):
-            misshapen.append(f"{names[0]}: {list(rows.shape)} in the file, {list(owner.shape)} in the model")
-        else:
-            found.append((owner, names, rows))
-    _refuse(missing, misshapen, layers)
-    return found
+    return _fitting([(owner, names, tuple(owner.shape)) for owner, names in owners(model).items()], layers)
 
 
 def _load_buffers(model: nn.Module, layers: list[Layer]) -> None:
     """Load the buffers that files hold, whole on every rank. Raises `ConfigError` when one is missing or has another shape."""
-    found = {name: (module, key, resolve_value(name, layers)) for name, module, key in kept_buffers(model)}
-    shapes = {name: tuple(module.get_buffer(key).shape) for name, (module, key, _) in found.items()}
-    missing = [name for name, (_, _, rows) in found.items() if rows is None]
-    wrong = {name: rows.shape for name, (_, _, rows) in found.items() if rows is not None and rows.shape != shapes[name]}
-    _refuse(missing, [f"{name}: {list(s)} in the file, {list(shapes[name])} in the model" for name, s in wrong.items()], layers)
-    for module, key, rows in found.values():
-        if rows is not None:
-            module._buffers[key] = rows.all().to(dtype=module.get_buffer(key).dtype, copy=True)
+    kept = [((module, key), [name], tuple(module.get_buffer(key).shape)) for name, module, key in kept_buffers(model)]
+    for (module, key), _, rows in _fitting(kept, layers):
+        module._buffers[key] = rows.all().to(dtype=module.get_buffer(key).dtype, copy=True)
+
+
+K = TypeVar("K")
+
+
+def _fitting(wanted: list[tuple[K, list[str], tuple[int, ...]]], layers: list[Layer]) -> list[tuple[K, list[str], LazyTensor]]:
+    """Return what is wanted, with its names and the tensor to read it from. Raises `ConfigError` for a missing or misshapen one."""
+    found: list[tuple[K, list[str], LazyTensor]] = []
+    missing, misshapen = [], []
+    for key, names, shape in wanted:
+        rows = next((r for r in (resolve_value(name, layers) for name in names) if r is not None), None)
+        if rows is None:
+            missing.append(names[0])
+        elif rows.shape != shape:
+            misshapen.append(f"{names[0]}: {list(rows.shape)} in the file, {list(shape)} in the model")
+        else:
+            found.append((key, names, rows))
+    if missing or misshapen:
+        lines = [f"no value for {name}" for name in missing[:5]] + misshapen[:5]
+        more = len(missing) + len(misshapen) - len(lines)
+        tail = f"\n  ... and {more} more" if more > 0 else ""
+        read = ", ".join(layer.origin for layer in layers)
+        raise ConfigError(f"weights do not fit the model (read: {read}):\n  " + "\n  ".join(lines) + tail)
+    return found
 
 
 def _local(parameter: nn.Parameter, rows: LazyTensor, frozen_dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -235,13 +242,3 @@ def _placed(parameter: nn.Parameter, value: Tensor) -> Tensor:
     return DTensor.from_local(
         value, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
-
-
-def _refuse(missing: list[str], misshapen: list[str], layers: list[Layer]) -> None:
-    if not missing and not misshapen:
-        return
-    origins = ", ".join(layer.origin for layer in layers)
-    lines = [f"no value for {name}" for name in missing[:5]] + misshapen[:5]
-    more = len(missing) + len(misshapen) - len(lines)
-    tail = f"\n  ... and {more} more" if more > 0 else ""
-    raise ConfigError(f"weights do not fit the model (read: {origins}):\n  " + "\n  ".join(lines) + tail)

@@ -54,11 +54,16 @@ def configured_layers(card: ModelCard, model: MultimodalLM, loaded: Collection[s
         if any(map(is_adapter, inherited)):
             raise ConfigError("lora.path and model.init_from both hold adapters: name one of them")
         check_parts_beside(card)
-        parts = {name: model.get_submodule(name) for name in sorted(card.lora_parts)}
-        inside = find_layout("model.llm.path", card.model.llm.path, card.model.cache_dir) is not None
         path = local_adapter("lora.path", card.lora.path, card.model.cache_dir)
-        layers.append(Layer(card.lora.path, lambda: read_adapter(path, card.lora, parts, inside)))
+        layers.append(Layer(card.lora.path, lambda: configured_adapter(path, card, model)))
     return layers
+
+
+def configured_adapter(path: Path, card: ModelCard, model: MultimodalLM) -> Tensors:
+    """Read the adapter that lora.path names, which stands at `path`. Raises `ConfigError` when it does not belong to the model."""
+    parts = {name: model.get_submodule(name) for name in sorted(card.lora_parts)}
+    inside = find_layout("model.llm.path", card.model.llm.path, card.model.cache_dir) is not None
+    return read_adapter(path, card.lora, parts, inside)
 
 
 def run_layers(

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from data import load_processor
 from data.collate import collate
 from data.config import DataConfig
-from data.processor import Processor, make_processor
+from data.processor import Processor
 from data.records.record import RecordError
 from data.text.template import TemplateOptions, load_template
 from model.batch import IGNORE_INDEX, Batch
@@ -22,7 +22,7 @@ from tests.support.tiny_tokenizers import tiny_tokenizer
 
 def processor(name: str = "auto", tokenizer: str = "qwen", **config: object) -> Processor:
     made = load_template(name, tiny_tokenizer(tokenizer))
-    return make_processor(made, SPECS, DataConfig(name, **config))  # type: ignore[arg-type]
+    return Processor(made, SPECS, DataConfig(name, **config))  # type: ignore[arg-type]
 
 
 def equal(a: Batch, b: Batch) -> bool:
@@ -133,7 +133,7 @@ def test_new_tokens_and_wraps_of_the_run_come_back(tmp_path: Path) -> None:
     tokenizer.add_tokens(["<new>", "<im_start>", "<im_end>"], special_tokens=True)
     options = {"placeholders": "first", "media_wrap": ("<im_start>", "<im_end>")}
     made_of = load_template("auto", tokenizer, TemplateOptions(allowed=("<new>", "<im_start>", "<im_end>"), **options))
-    made = make_processor(made_of, SPECS, DataConfig(**options))
+    made = Processor(made_of, SPECS, DataConfig(**options))
     made.save(tmp_path / "final")
     loaded = load_processor(tmp_path / "final")
     assert loaded.config == made.config

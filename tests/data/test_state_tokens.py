@@ -11,7 +11,7 @@ import torch
 
 from data.check.certificate import certify
 from data.config import DataConfig
-from data.processor import Processor, load_processor, make_processor
+from data.processor import Processor, load_processor
 from data.records.record import Record, RecordError, parse
 from data.text.state_tokens import STATE_TOKENS, split_state
 from data.text.template import Template, TemplateOptions, load_template
@@ -160,7 +160,7 @@ class Parrot:
 @pytest.mark.parametrize("made", [template("vita_qwen", state_tokens="digits"), single("qwen")], ids=["text", "control token"])
 def test_an_answer_that_was_learned_with_its_state_matches_its_record(made: Template, tmp_path: Path) -> None:
     """`tools.evaluate` and `tools.chat` read answers by the same function."""
-    processor = make_processor(made, {}, DataConfig("vita_qwen", state_tokens=made.state_tokens))  # type: ignore[arg-type]
+    processor = Processor(made, {}, DataConfig("vita_qwen", state_tokens=made.state_tokens))  # type: ignore[arg-type]
     token = STATE_TOKENS[processor.config.state_tokens]["text"]
     rows = [{"conversations": [{"from": "human", "value": f"q{i}?"}, {"from": "gpt", "value": f"answer {i}"}]} for i in range(3)]
     net: Any = Parrot({f"q{i}?": f"{token}answer {i}" for i in range(3)} | {"q2?": f"{token} other"}, processor)
@@ -176,7 +176,7 @@ def test_an_answer_that_was_learned_with_its_state_matches_its_record(made: Temp
 def test_a_saved_processor_writes_them_too(tmp_path: Path) -> None:
     made = template("vita_qwen", state_tokens="digits")
     config = DataConfig("vita_qwen", state_tokens="digits")
-    make_processor(made, SPECS, config).save(tmp_path / "final")
+    Processor(made, SPECS, config).save(tmp_path / "final")
     loaded = load_processor(tmp_path / "final")
     record = talk("q", "a", "<audio>", "b")
     assert loaded.config == config and loaded.template.encode(record) == made.encode(record)

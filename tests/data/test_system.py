@@ -9,7 +9,7 @@ import pytest
 
 from data.check.certificate import _problem
 from data.config import DataConfig
-from data.processor import load_processor, make_processor
+from data.processor import Processor, load_processor
 from data.records.record import parse
 from data.text.template import Template, TemplateOptions, load_template
 from tests.support.tiny_data import talk
@@ -56,7 +56,7 @@ def test_the_shape_of_llavas_and_internvls_prompts() -> None:
 
 def test_it_is_stored_with_a_run_and_refused_where_there_is_no_system_turn(tmp_path: Path) -> None:
     config = DataConfig("chatml", system=SYSTEM)
-    processor = make_processor(made("chatml", "qwen", system=SYSTEM), {}, config)
+    processor = Processor(made("chatml", "qwen", system=SYSTEM), {}, config)
     processor.save(tmp_path)
     again = load_processor(tmp_path)
     assert (

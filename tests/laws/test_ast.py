@@ -20,8 +20,7 @@ HEADERS = "data/index/tar_headers.py"
 SERVER = "tools/local_page.py"
 """The one file that listens, on the loopback alone, and reads no file by a name that it is asked for."""
 STARTERS = {
-    *("tools/demo.py", "tools/demo_omni.py", "tools/bench_checkpoint.py", "tools/bench_starts.py", "tools/check_serving.py"),
-    *("tools/bench_start.py", "tools/bench_train.py", "tools/benches/prefer.py"),
+    *("tools/demo.py", "tools/demo_omni.py", "tools/benches/turns.py", "tools/check_serving.py"),
     *("tools/devicechecks/runner.py", "tools/devicechecks/resume.py"),
 }
 """Files that start other programs: commands as lists, never through a shell."""

@@ -199,8 +199,8 @@ def test_dropout_keeps_no_mask_and_one_copy_of_each_input() -> None:
 
 def test_targets_for_a_layer_of_a_7b_model_hold() -> None:
     """Counted: bytes moved outside matrix products, per token and layer, and what dropout adds to the kept activations."""
-    ours, without = (measure(our_layer(64, rate), 2048) for rate in (0.05, 0.0))
-    peft = measure(peft_layer(64, 0.05, torch.float32), 2048)
+    ours, without = (measure([our_layer(64, rate)], 2048) for rate in (0.05, 0.0))
+    peft = measure([peft_layer(64, 0.05, torch.float32)], 2048)
     moved, theirs = (cost.forward.moved + cost.backward.moved for cost in (ours, peft))
     assert moved / 2048 <= 2.2e6 and moved <= 0.5 * theirs
     assert ours.kept - without.kept <= 0.1 * ours.kept

@@ -195,6 +195,12 @@ def test_kto_measures_from_the_divergence_of_the_step(parts: Path, join: str) ->
     found = [model(batch)["preference"] for batch in batches]
     torch.testing.assert_close(found[0].sum + found[1].sum, expected, rtol=1e-6, atol=1e-6)
     assert tuning.counts(batches)["preference"] == 5.0
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(found[0].sum + found[1].sum, trained)
+    wanted = torch.autograd.grad(expected, trained)  # type: ignore[arg-type]
+    scale = max(grad.abs().max().item() for grad in wanted)
+    for one, other in zip(grads, wanted):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6 * scale)
 
 
 @pytest.mark.parametrize("join", JOINS)

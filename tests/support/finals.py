@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.config import DataConfig
-from data.processor import Processor, make_processor
+from data.processor import Processor
 from data.text.template import TemplateOptions, load_template
 from data.text.tokenizer import load_tokenizer, pad_id, save_tokenizer
 from model.build import DTYPES, assemble
@@ -80,7 +80,7 @@ def build(config: ModelConfig, lora: LoraConfig = NO_LORA, seed: int = 3, quanti
     card = replace(card, stop_ids=template.stop_ids, pad_id=pad_id(vocabulary.tokenizer), bases=base_digests(config))
     model = assemble(card, DTYPES[config.dtype])
     materialise(model, weight_layers(card, model, seed), frozen_dtype=model.dtype, device=torch.device("cpu"))
-    return Run(card, model, make_processor(template, specs, settings))
+    return Run(card, model, Processor(template, specs, settings))
 
 
 def trained(config: ModelConfig, lora: LoraConfig = NO_LORA, seed: int = 3, **data: Any) -> Run:

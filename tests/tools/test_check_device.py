@@ -26,7 +26,7 @@ from tools.devicechecks.cards import PEAKS, peak_of
 from tools.devicechecks.flops import useful_flops
 from tools.devicechecks.outcome import Check, CheckResult, Context, ReportRow, Skipped, run_check
 from tools.devicechecks.registry import all_checks
-from tools.devicechecks.runner import Limits, run_apart, run_here
+from tools.devicechecks.runner import run_apart, run_here
 from tools.devicechecks.shapes import SEVEN_B, TINY
 from trainer import setup
 from trainer.distributed.world import World
@@ -202,7 +202,7 @@ def test_a_known_card_is_found_by_its_drivers_name() -> None:
         **{"NVIDIA H20": 148.0, "NVIDIA GH200 480GB": 989.0, "NVIDIA RTX 6000 Ada Generation": 364.2},
     }
     assert {name: peak_of(name) for name in names} == names
-    assert peak_of("Some Card 9000") is None and len({part for part, _ in PEAKS}) == len(PEAKS)
+    assert peak_of("Some Card 9000") is None and len(PEAKS) > 30
 
 
 def test_the_shapes_are_qwen2s() -> None:
@@ -224,11 +224,11 @@ def test_a_check_that_breaks_leaves_the_others_alone(context: Context, monkeypat
     ]
     monkeypatch.setattr(runner, "clean_up", lambda context: None)
     found: list[ReportRow] = []
-    run_here(checks, context, Limits(until=2**40), lambda name, outcome: found.append(outcome) if outcome else None)
+    run_here(checks, context, 2**40, lambda name, outcome: found.append(outcome) if outcome else None)
     assert [o.status for o in found] == ["failed", "skipped", "passed"]
     assert found[0].seen.startswith("OutOfMemoryError: CUDA out of memory. (tests/tools/test_check_device.py:")
     late: list[ReportRow] = []
-    run_here(checks[2:], context, Limits(until=0), lambda name, outcome: late.append(outcome) if outcome else None)
+    run_here(checks[2:], context, 0, lambda name, outcome: late.append(outcome) if outcome else None)
     assert [o.status for o in late] == ["skipped"] and "--minutes" in late[0].seen
 
 
@@ -291,14 +291,14 @@ def test_every_check_that_a_cpu_can_make_passes(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_resumed_run_that_ends_elsewhere_fails(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = resume.write_run_toml
+    original = resume.write_run_file
 
-    def other_rate(folder: Path, name: str, steps: int) -> Path:
-        path = original(folder, name, steps)
+    def other_rate(folder: Path, name: str, *given: str, **values: object) -> Path:
+        path = original(folder, name, *given, **values)
         path.write_text(path.read_text().replace("lr = 0.001", "lr = 0.002") if name == "killed" else path.read_text())
         return path
 
-    monkeypatch.setattr(resume, "write_run_toml", other_rate)
+    monkeypatch.setattr(resume, "write_run_file", other_rate)
     found = outcome_of(resume.check_resume, context)
     assert found.status == "failed" and "differ" in found.seen
 

@@ -78,8 +78,9 @@ class Donors:
             return media.blob(own)
 
         limit = dataset.config.max_length
-        media = replace(dataset.media(i, record), record=replace(record, media=tuple(refs)), locate=locate)
-        encoded = dataset.template.encode(record, limit)
+        shown = replace(record, media=tuple(refs))
+        media = replace(dataset.media(i, record), record=shown, locate=locate)
+        encoded = dataset.template.encode(shown, limit)
         source = int(dataset.source_ids[i])
         placeholders = dataset.template.placeholder_ids
         return assemble_sample(encoded, placeholders, media, max_length=limit, sample_id=i, source_id=source)

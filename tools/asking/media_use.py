@@ -90,25 +90,19 @@ class Probe:
 
     def _of_kind(self, held: list[tuple[Sample, float]], kind: str) -> Iterator[RecordLosses]:
         blanks = self._losses([blank(sample, kind, self.dataset.specs) for sample, _ in held])
-        swapped = [self._swapped(sample.sample_id, kind) for sample, _ in held]
+        swapped = [self._swapped(sample, kind) for sample, _ in held]
         others = iter(self._losses([sample for sample in swapped if sample is not None]))
         for (sample, own), empty, other in zip(held, blanks, swapped):
             source = self.dataset.source_names[sample.source_id]
             yield RecordLosses(sample.sample_id, source, kind, own, None if other is None else next(others), empty)
 
-    def _swapped(self, i: int, kind: str) -> Sample | None:
+    def _swapped(self, own: Sample, kind: str) -> Sample | None:
         try:
-            sample = self.donors.swapped(i, kind)
+            sample = self.donors.swapped(own.sample_id, kind)
         except RecordError:
             return None
         # Larger pictures may leave no room for the same answers, and losses of other answers do not compare.
-        return sample if sample is not None and (sample.labels >= 0).sum() == (self.dataset_labels(i) >= 0).sum() else None
-
-    def dataset_labels(self, i: int) -> np.ndarray:
-        """Return the labels (T,) of sample `i` with its own media."""
-        item = self.dataset[i]
-        assert not isinstance(item, Rejected)
-        return item.labels
+        return sample if sample is not None and (sample.labels >= 0).sum() == (own.labels >= 0).sum() else None
 
     def _losses(self, samples: list[Sample]) -> list[float]:
         """Return the mean loss per learned token of each sample."""

@@ -12,18 +12,14 @@ from model.media_spec import ImageSpec
 from tools.asking.heat import drawn
 from tools.asking.media_use import NAMES, MediaUse, RecordLosses
 from tools.inspector.card_html import card, visible
+from tools.inspector.document import document, page_file, policy_rules
 from tools.inspector.entry import InspectorEntry
-from tools.inspector.page_html import MAX_PICTURE_BYTES, STYLE, content_policy
+from tools.inspector.page_html import MAX_PICTURE_BYTES, PICTURES, STYLE
 from tools.inspector.pictures import Album, picture_address
 
 Heated = tuple[InspectorEntry, str, list[RecordLosses], list[tuple[SampleMedia, np.ndarray]]]
 """A record: what the inspector shows of it, its source, its losses and the heat of its views."""
-OWN_STYLE = (
-    "table { border-collapse: collapse; margin: .8rem 0; } th, td { padding: .25rem .9rem .25rem 0; text-align: left;"
-    " font-variant-numeric: tabular-nums; } th { color: var(--soft); font-weight: normal; } .wide-table { overflow-x: auto; }"
-    " .heat { display: flex; flex-wrap: wrap; gap: .5rem; padding: .7rem 1rem; } .heat img { max-width: 100%; height: auto;"
-    " border-radius: .3rem; } .losses { padding: .4rem 1rem 0; }"
-)
+PAGE, OWN_STYLE = page_file(__package__, "page.html"), page_file(__package__, "style.css")
 
 
 def probe_page(
@@ -34,20 +30,15 @@ def probe_page(
     cards = []
     for place, (entry, source, losses, heated) in enumerate(shown):
         cards.append(_losses(losses) + _figures(heated, specs, album) + card(entry, source, place, longest, album))
-    return "".join(
-        [
-            f"<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n{content_policy(style, '')}\n",
-            "<meta name=viewport content='width=device-width, initial-scale=1'>\n",
-            f"<title>Does the model use what it is given? {visible(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n",
-            f"<header>\n<h1>Does the model use what it is given?</h1>\n<p class=soft>{visible(title)}: {visible(words)}</p>\n",
-            *(f"<p><b>{visible(use.verdict)}</b></p>\n" for use in uses if not use.source),
-            f"<div class=wide-table>{_table(uses)}</div>\n",
-            "<p class=soft>Loss per learned token in nats, with 95 % intervals over records (bootstrap). Red on a picture: the"
-            " tokens that the loss of the answer depends on (input gradient times input); full red is the highest of its medium."
-            " It is a first-order view: it shows where the loss is sensitive, not why.</p>\n</header>\n<main>\n",
-            *cards,
-            "</main>\n</body>\n</html>\n",
-        ]
+    return document(
+        PAGE,
+        policy=policy_rules(style, "", PICTURES),
+        style=style,
+        title=visible(title),
+        words=visible(words),
+        verdicts="".join(f"<p><b>{visible(use.verdict)}</b></p>\n" for use in uses if not use.source),
+        table=_table(uses),
+        cards="".join(cards),
     )
 
 
@@ -71,15 +62,11 @@ def _losses(losses: list[RecordLosses]) -> str:
     return f"<p class=losses>{visible('; '.join(lines))}</p>\n"
 
 
-def _addresses(drawings: list[np.ndarray]) -> list[str]:
-    return [picture_address(drawing) for drawing in drawings]
-
-
 def _figures(heated: list[tuple[SampleMedia, np.ndarray]], specs: dict[str, ImageSpec], album: Album) -> str:
     made = []
     for medium, views in heated:
         drawings = drawn(medium, specs["image"], views)
-        for drawing, address in zip(drawings, album.add(partial(_addresses, drawings))):
+        for drawing, address in zip(drawings, album.add(partial(list, map(picture_address, drawings)))):
             height, width = drawing.shape[:2]
             made.append(f'<img src="{address}" width={width} height={height} alt="heat: {medium.kind}" decoding=async>')
     return f"<div class=heat>{''.join(made)}</div>\n" if made else ""

@@ -91,7 +91,9 @@ def replay(past: PastStep, prepared: PreparedRun, state: CheckpointState | None)
             left_out = [f"{item.where} {item.id}: {item.reason}" for item in rejected]
             norms, skipped, grad_norm = part_norms(prepared, result), bool(result.skipped.item()), result.grad_norm.item()
         if first + step + 1 in rows:
-            again = {k: v for k, v in meter.read().items() if k.startswith("train/")} | _rates(prepared)
+            again = {k: v for k, v in meter.read().items() if k.startswith("train/")}
+            groups = prepared.trained.optimizer.param_groups
+            again |= {f"train/lr/{group['name'].partition('/')[0]}": group["lr"] for group in groups}
         elif (step + 1) % prepared.config.checkpoint.every == 0:
             meter.sums.total()  # the run added its sums up here as well, for its checkpoint
     gathered = world.gather_json([[asdict(sample) for sample in found], left_out])
@@ -120,11 +122,6 @@ def _train(prepared: PreparedRun, feed: Feed, step: int) -> tuple[list[Batch], l
     options = StepOptions(seed=config.seed, step=step, clip_norm=config.optim.clip_norm, scaling=scaling)
     result = train_step(prepared.wrapped, prepared.trained.optimizer, batches, world, options)
     return batches, [item for micro in micro_batches for item in micro.rejected], result
-
-
-def _rates(prepared: PreparedRun) -> dict[str, float]:
-    assert prepared.trained is not None
-    return {f"train/lr/{group['name'].partition('/')[0]}": group["lr"] for group in prepared.trained.optimizer.param_groups}
 
 
 def _samples(prepared: PreparedRun, batches: Sequence[Batch], result: StepResult) -> list[SampleLoss]:

@@ -9,20 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from data.text.tokenizer import save_tokenizer
+from data.text.chat_formats import jinja_file
 from model.files.untrusted import Json
-from tools.make_demo import image_processor, make, train_tokenizer
+from tools.make_demo import image_processor, make, one_round, train_tokenizer, write_small_llm
 from trainer.runfile.toml_files import to_toml
 
 LR, CLIP_NORM, MAX_LENGTH, NUM_PICTURES = 1e-4, 1.0, 2048, 32
 LONGEST = 1650  # words of a text; with its question that is about 1,700 tokens
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+CHAT_TEMPLATE = jinja_file(__package__, "chatml.jinja")
 """ChatML without a line break behind a turn: an answer then ends where every contender stops to learn."""
 
 
@@ -135,7 +131,7 @@ def _with_picture(name: str, picture: int, num: int, words: list[str], rng: np.r
 
 
 def _talk(name: str, question: str, answer: str) -> Json:
-    return {"id": name, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    return {"id": name, "conversations": one_round(question, answer)}
 
 
 def _write_pictures(folder: Path, rng: np.random.Generator, side: int) -> None:
@@ -149,17 +145,13 @@ def _write_pictures(folder: Path, rng: np.random.Generator, side: int) -> None:
 def _write_parts(folder: Path, size: Size, words: list[str]) -> None:
     tokenizer = train_tokenizer([" ".join(words), *(f" {word}" for word in words), "system user assistant\n"], size.vocab)
     tokenizer.chat_template, tokenizer.model_max_length = CHAT_TEMPLATE, MAX_LENGTH
-    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     heads = size.llm["num_attention_heads"]
-    shape: Json = {**size.llm, "num_key_value_heads": heads, "tie_word_embeddings": True, **tokens}
+    shape: Json = {**size.llm, "num_key_value_heads": heads, "tie_word_embeddings": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        llm = Qwen2Config(vocab_size=size.vocab, max_position_embeddings=MAX_LENGTH, **shape)
-        Qwen2ForCausalLM(llm).save_pretrained(folder / "llm")
+        write_small_llm(folder / "llm", tokenizer, vocab_size=size.vocab, max_position_embeddings=MAX_LENGTH, **shape)
         CLIPVisionModel(CLIPVisionConfig(**size.vision)).save_pretrained(folder / "vision")
-    save_tokenizer(tokenizer, folder / "llm")
-    side = size.vision["image_size"]
-    settings = image_processor() | {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    settings = image_processor(size.vision["image_size"])
     (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 

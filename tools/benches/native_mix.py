@@ -13,6 +13,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data.media.native_size import NativeRule, fitted_size, patch_grid
+from data.text.chat_formats import jinja_file
 from data.text.tokenizer import save_tokenizer
 from model.files.untrusted import Json
 from tools.benches.mix import MAX_LENGTH, NUM_PICTURES, Size, bench_words, mixed_record, run_tables
@@ -20,19 +21,7 @@ from tools.make_demo import train_tokenizer
 from trainer.runfile.toml_files import to_toml
 
 IMAGE, VIDEO, START, END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
-TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\\n' }}
-    {%- if message['content'] is string %}{{- message['content'] }}
-    {%- else %}
-        {%- for part in message['content'] %}
-            {%- if part['type'] == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-            {%- else %}{{- part['text'] }}{% endif %}
-        {%- endfor %}
-    {%- endif %}
-    {{- '<|im_end|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+TEMPLATE = jinja_file(__package__, "qwen_vl.jinja")
 """ChatML with Qwen's tokens around a picture; an answer ends where every contender stops to learn."""
 
 

@@ -85,7 +85,7 @@ def run_trainer(task: PeerRun) -> None:
     from transformers import Trainer, TrainingArguments
 
     reader = task.reader()
-    arguments = TrainingArguments(**_arguments(task), remove_unused_columns=False)
+    arguments = TrainingArguments(**trainer_settings(task), remove_unused_columns=False)
     options = {"args": arguments, "train_dataset": reader, "data_collator": reader.collate}
     _train(Trainer, task.meter, model=task.model(), **options)
 
@@ -95,7 +95,7 @@ def run_trl(task: PeerRun) -> None:
     from trl import SFTConfig, SFTTrainer
 
     reader = task.reader()
-    arguments = SFTConfig(**_arguments(task), max_length=None, gradient_checkpointing=False)
+    arguments = SFTConfig(**trainer_settings(task), max_length=None, gradient_checkpointing=False)
     options = {"args": arguments, "train_dataset": _conversations(reader), "processing_class": reader.processor}
     _train(SFTTrainer, task.meter, model=task.model(), **options)
 
@@ -116,7 +116,7 @@ def _conversations(reader: ProcessorReader) -> object:
     return Dataset.from_list(list(rows()), features=features)
 
 
-def _arguments(task: PeerRun) -> Json:
+def trainer_settings(task: PeerRun) -> Json:
     """Return the settings of Trainer and SFTTrainer; batches come in the order of the file, which is the order that was planned."""
     return {
         "output_dir": tempfile.mkdtemp(dir=task.folder),

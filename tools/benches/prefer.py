@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
@@ -31,8 +30,9 @@ from model.files.tensor_files import read_safetensors
 from model.files.untrusted import Json
 from tools.benches.meter import Figures, StepMeter
 from tools.benches.mix import SIZES, Size, bench_words, run_tables, write_mix
-from tools.benches.peers import PeerRun
+from tools.benches.peers import PeerRun, trainer_settings
 from tools.benches.prepare import HF, write_model
+from tools.benches.turns import in_turns, run_child
 from tools.cli import command_parser, run_command
 from tools.export_adapter import export
 from trainer import loop
@@ -54,7 +54,6 @@ class PairBench:
     size: Size
     steps: int
     is_check: bool  # plain gradient descent, and the weights are kept
-    packing: bool = True
 
     @property
     def optim(self) -> Json:
@@ -76,10 +75,10 @@ def write_pairs(bench: PairBench) -> None:
         turns = [{"from": "human", "value": f"<image>\n{said[0]}"}]
         pairs.append({"id": f"{i}", "image": f"{i % 32}.jpg", "conversations": turns, "chosen": said[1], "rejected": said[2]})
     (bench.folder / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
-    model = {part: {"path": str(bench.folder / part), "tune": "full"} for part in ("llm", "vision")}
-    tables = run_tables(bench.folder, "pairs", bench.size, bench.steps, {"packing": bench.packing})
-    tables |= {"model": {**model, "vision_projector": {}, "dtype": "float32"}, "preference": {"kind": "dpo", "beta": BETA}}
-    tables["model"]["vision_projector"] = {"path": str(bench.folder / "runs" / "start" / "final" / "vision_projector.safetensors")}
+    model: Json = {part: {"path": str(bench.folder / part), "tune": "full"} for part in ("llm", "vision")}
+    model["vision_projector"] = {"path": str(bench.folder / "runs" / "start" / "final" / "vision_projector.safetensors")}
+    tables = run_tables(bench.folder, "pairs", bench.size, bench.steps, {"packing": True})
+    tables |= {"model": {**model, "dtype": "float32"}, "preference": {"kind": "dpo", "beta": BETA}}
     tables["optim"] = {"schedule": "constant", "warmup_steps": 0, **bench.optim}
     (bench.folder / "pairs.toml").write_text(to_toml(tables), encoding="utf-8")
 
@@ -128,7 +127,7 @@ def train_trl(bench: PairBench) -> list[float]:
     task = PeerRun(bench.folder, "pairs", bench.size.batch, 1, "cpu", meter)
     trainer = WatchedPairs(
         model=task.model(),
-        args=DPOConfig(**trl_settings(bench)),
+        args=DPOConfig(**trl_settings(bench, task)),
         train_dataset=trl_pairs(bench.folder),
         processing_class=AutoProcessor.from_pretrained(bench.folder / HF, trust_remote_code=False),
     )
@@ -137,25 +136,15 @@ def train_trl(bench: PairBench) -> list[float]:
     return losses
 
 
-def trl_settings(bench: PairBench) -> Json:
+def trl_settings(bench: PairBench, task: PeerRun) -> Json:
     """Return the settings of DPOConfig, everything optional switched off."""
     return {
-        "output_dir": tempfile.mkdtemp(dir=bench.folder),
-        "max_steps": bench.steps,
-        "per_device_train_batch_size": bench.size.batch,
-        "train_sampling_strategy": "sequential",
+        **trainer_settings(task),
         "optim": "sgd" if bench.is_check else "adamw_torch_fused",
         "learning_rate": bench.optim["lr"],
         "max_grad_norm": bench.optim["clip_norm"],
-        "lr_scheduler_type": "constant",
         "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        **{"bf16": False, "disable_tqdm": True},
-        "beta": BETA,
-        "max_length": None,
-        "gradient_checkpointing": False,
+        **{"beta": BETA, "max_length": None, "gradient_checkpointing": False},
     }
 
 
@@ -197,11 +186,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 def measure(bench: PairBench, rounds: int) -> list[str]:
     """Let both train in turns; return the lines of a table."""
-    found: dict[str, list[Figures]] = {name: [] for name in WAYS}
-    for i in range(rounds):
-        for name in WAYS:
-            print(f"round {i + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
-            found[name].append(Figures(**json.loads(_run(bench, name))))
+    found = in_turns({name: partial(_figures, bench, name) for name in WAYS}, rounds)
     pairs = bench.size.batch * (bench.steps - 1)
     lines = []
     for name, runs in found.items():
@@ -212,15 +197,15 @@ def measure(bench: PairBench, rounds: int) -> list[str]:
     return [*lines, f"ours / TRL: {rate:.2f} times the pairs per CPU second, {peak:.2f} of the memory"]
 
 
+def _figures(bench: PairBench, name: str) -> Figures:
+    return Figures(**json.loads(_run(bench, name)))
+
+
 def _run(bench: PairBench, name: str) -> str:
-    """Run one of WAYS in a process of its own with one thread; return the last line that it prints. RuntimeError if it fails."""
-    words = [str(bench.folder), str(bench.steps), "check" if bench.is_check else "measure", str(bench.size.batch)]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "tools.benches.prefer", "--run", name, *words]
-    done = subprocess.run(command, env={**os.environ, **threads}, text=True, capture_output=True)
-    if done.returncode or not done.stdout:
-        raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
-    return done.stdout.splitlines()[-1]
+    """Run one of WAYS in a process of its own; return the last line that it prints. RuntimeError if it fails."""
+    words = (str(bench.folder), str(bench.steps), "check" if bench.is_check else "measure", str(bench.size.batch))
+    print(name, file=sys.stderr, flush=True)
+    return run_child(name, "tools.benches.prefer", "--run", name, *words)
 
 
 def run_one(words: list[str]) -> None:

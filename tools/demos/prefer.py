@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from model.files.untrusted import Json
-from tools.cli import command_parser, run_command
-from tools.demo import clear_demo_folder, module, run_step, score, trained_by
+from tools.demo import clear_demo_folder, demo_command, module, run_step, score, trained_by
 from tools.demos.run_files import write_run_file
 from trainer.errors import ProofError
 
@@ -81,11 +80,7 @@ def demo_preferences(folder: Path, ranks: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("demos.prefer", __doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/prefer"), metavar="DIR", help="default: runs/prefer")
-    parser.add_argument("--ranks", type=int, default=2, help="processes that train together (2)")
-    options = parser.parse_args(argv)
-    return run_command("demos.prefer", lambda: demo_preferences(options.folder, options.ranks))
+    return demo_command("demos.prefer", __doc__, demo_preferences, argv, Path("runs/prefer"))
 
 
 if __name__ == "__main__":

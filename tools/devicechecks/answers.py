@@ -30,15 +30,11 @@ def check_shared_prompts(context: Context) -> CheckResult:
     for dtype in (torch.float32, *(VARLEN_DTYPES if context.on_gpu else ())):
         for window in (None, 100):
             apart = _apart(dtype, window, context)
-            rounding = max(_rounding(dtype), 1e-6)
+            rounding = max(torch.finfo(dtype).eps, 1e-6)
             worst, exact = max(worst, apart / rounding), max(exact, apart if dtype == torch.float32 else 0.0)
         names.append(str(dtype).removeprefix("torch."))
     seen = f"{', '.join(names)}: at most {worst:.1f} roundings apart, float32 {exact:.1e}"
     return CheckResult(worst <= BOUND, seen, {"roundings": worst, "float32": exact})
-
-
-def _rounding(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
 
 
 def _apart(dtype: torch.dtype, window: int | None, context: Context) -> float:

@@ -6,7 +6,6 @@ matrix counts forward and the gradient of its input, a trained one the gradient 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -43,7 +42,7 @@ class Flops:
 def useful_flops(model: MultimodalLM, batch: Batch) -> Flops:
     """Count the useful operations of a micro-batch of text and pictures; a trained projector or a trained decoder is assumed."""
     tokens, layers = batch.num_real_tokens, blocks(model.llm.get_decoder())
-    decoder = sum(matrix_flops(layer) for _, layer in products(layers)) * tokens
+    decoder = sum(matrix_flops(layer) for layer in products(layers)) * tokens
     config = model.llm.config
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # Scores and their products with the values, 2 operations each, half of them causal; backward is twice forward.
@@ -66,7 +65,7 @@ def media_flops(model: MultimodalLM, batch: Batch) -> tuple[float, float]:
         assert isinstance(encoder, VisionTower)
         patches, forward = len(media.values) * encoder.blank_length, len(media.values) * view_forward(encoder)
     learns = "vision" in model.trainable_parts
-    layers = [layer for _, layer in products(projector)]
+    layers = products(projector)
     each = [matrix_flops(layer) for layer in layers]
     if not learns and next(projector.parameters()) is layers[0].weight:  # nothing below this product learns
         each[0] -= INPUT * layers[0].weight.numel()
@@ -76,7 +75,7 @@ def media_flops(model: MultimodalLM, batch: Batch) -> tuple[float, float]:
 def view_forward(encoder: VisionTower) -> float:
     """Return the operations of a forward of one view."""
     rows, layers = encoder.blank_length + encoder.num_prefix, blocks(encoder.tower)
-    matrices = sum(layer.weight.numel() for _, layer in products(layers)) * rows
+    matrices = sum(layer.weight.numel() for layer in products(layers)) * rows
     patches = sum(m.weight.numel() for m in encoder.tower.modules() if isinstance(m, nn.Conv2d)) * encoder.blank_length
     return FORWARD * (matrices + patches) + 4.0 * len(layers) * encoder.hidden_size * rows**2
 
@@ -92,9 +91,9 @@ def native_forward(encoder: NativeTower, media: Media) -> float:
     return float(FORWARD * matrices * len(media.values)) + 4.0 * encoder.hidden_size / encoder.levels * pairs
 
 
-def products(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the linear layers of a module."""
-    yield from ((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
+def products(module: nn.Module) -> list[nn.Linear]:
+    """Return the linear layers of a module."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
 
 
 def matrix_flops(layer: nn.Linear) -> int:

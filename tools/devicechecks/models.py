@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 from unittest.mock import patch
 
 import torch
@@ -20,7 +20,7 @@ from model.files.tensor_files import LazyTensor, Tensors
 from model.llm.causal_lm import VocabularyLayout
 from model.weights.initial_values import seed_of
 from model.weights.materialise import Layer, owners
-from tools.devicechecks.outcome import Context, Skipped
+from tools.devicechecks.outcome import Context
 from tools.devicechecks.shapes import ModelShape
 from trainer import setup
 from trainer.config import BatchConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
@@ -34,9 +34,6 @@ SPREAD = 0.1
 PLAIN = ParallelConfig(strategy="ddp")
 LARGE_EPS = OptimConfig(lr=0.1, eps=1.0)
 """A large eps keeps Adam from turning rounding into signs."""
-
-
-Dtype = Literal["float32", "bfloat16"]  # float16 too in versions that have it
 
 
 @dataclass(frozen=True)
@@ -53,20 +50,12 @@ class Recipe:
     optim: OptimConfig = LARGE_EPS
 
 
-def parallel_with(setting: str, parallel: ParallelConfig = PLAIN) -> ParallelConfig:
-    """Return `parallel` with a setting turned on. Raises `Skipped` in a version that has no such setting."""
-    if setting not in {field.name for field in fields(ParallelConfig)}:
-        raise Skipped(f"this version has no parallel.{setting}")
-    changes: dict[str, Any] = {setting: True}
-    return replace(parallel, **changes)
-
-
 def run_config(shape: ModelShape, recipe: Recipe, context: Context) -> RunConfig:
     """Return the settings of a run; writes the JSON files of its parts."""
     folder = shape.write(context.folder / shape.name)
     llm = LlmConfig(str(folder / "llm"), recipe.llm)
     vision = VisionConfig(str(folder / "vision"), recipe.vision)
-    model = ModelConfig(llm, vision, VisionProjectorConfig(), dtype=cast(Dtype, recipe.dtype))
+    model = ModelConfig(llm, vision, VisionProjectorConfig(), dtype=recipe.dtype)
     return RunConfig(
         output_dir=str(context.folder / "run"),
         model=model,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ def take_steps(prepared: PreparedRun, steps: list[list[Batch]]) -> Taken:
     """Train `steps` with `trainer.step.train_step`, each a list of micro-batches."""
     if prepared.trained is None:
         raise ValueError("nothing to train")
-    optimizer, device, scaling = prepared.trained.optimizer, prepared.world.device, scaling_of(prepared)
+    optimizer, device, scaling = prepared.trained.optimizer, prepared.world.device, prepared.trained.loss_scale
     gradients: dict[str, Tensor] = {}
 
     def keep(*_: object) -> None:
@@ -50,7 +49,7 @@ def take_steps(prepared: PreparedRun, steps: list[list[Batch]]) -> Taken:
         set_learning_rates(optimizer, 1.0)
         for _ in range(MOST_SKIPPED + len(steps)):
             step = len(losses)
-            options = step_options(prepared, step, clip_norm=0.0)
+            options = StepOptions(seed=0, step=step, clip_norm=0.0, scaling=scaling)
             result = train_step(prepared.wrapped, optimizer, [b.to(device) for b in steps[step]], prepared.world, options)
             if scaling is not None and result.skipped:  # float16: an overflow has halved the scale, and the step is made again
                 gradients.clear()
@@ -61,25 +60,6 @@ def take_steps(prepared: PreparedRun, steps: list[list[Batch]]) -> Taken:
     finally:
         hook.remove()
     return Taken(losses, gradients)
-
-
-class Scaling(Protocol):
-    """The scale of the loss in float16, which versions without float16 do not have."""
-
-    scale: Tensor
-
-
-def scaling_of(prepared: PreparedRun) -> Scaling | None:
-    """Return the loss scale of a run; None where it has none."""
-    found: Scaling | None = getattr(prepared.trained, "loss_scale", None)
-    return found
-
-
-def step_options(prepared: PreparedRun, step: int, *, clip_norm: float, extra: Sequence[float | Tensor] = ()) -> StepOptions:
-    """Return the settings of a step, with the run's loss scale where it has one."""
-    options, scaling = StepOptions(seed=0, step=step, clip_norm=clip_norm, extra=extra), scaling_of(prepared)
-    more: dict[str, Any] = {} if scaling is None else {"scaling": scaling}
-    return replace(options, **more)
 
 
 def full_copy(tensor: Tensor) -> Tensor:

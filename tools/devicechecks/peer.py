@@ -9,7 +9,6 @@ from torch import Tensor
 
 from data.collate import collate
 from data.sample import Sample
-from model.batch import Batch
 from tools.devicechecks.batches import mixed_samples
 from tools.devicechecks.flops import useful_flops
 from tools.devicechecks.models import Recipe, build, card_of, run_config
@@ -40,7 +39,10 @@ def measure_trainer(context: Context) -> CheckResult:
     except torch.OutOfMemoryError as error:
         raise Skipped("Trainer ran out of memory") from error
     timed = [collate(samples[start : start + rows], 0) for start in range(WARM_UP * rows, len(samples), rows)]
-    theirs = rates(timed, seconds, useful_of(shape, timed, context), context)
+    recipe = Recipe(dtype=half_dtype(context), optim=OptimConfig(lr=1e-5))
+    model = build(shape, recipe, context, made_on=context.device).model
+    theirs = rates(timed, seconds, sum(useful_flops(model, batch).total for batch in timed), context)
+    del model
     if context.on_gpu:
         torch.cuda.empty_cache()
     ours = measure_training(Load(shape, "full"), False, context).figures
@@ -49,12 +51,6 @@ def measure_trainer(context: Context) -> CheckResult:
     return CheckResult(
         True, f"ours {ratio:.2f} times as fast; Trainer: {describe(theirs)}", {"ours_over_trainer": ratio, **figures}
     )
-
-
-def useful_of(shape: ModelShape, batches: list[Batch], context: Context) -> float:
-    """Return the useful operations of batches of our model of the shape."""
-    prepared = build(shape, Recipe(dtype=half_dtype(context), optim=OptimConfig(lr=1e-5)), context, made_on=context.device)
-    return sum(useful_flops(prepared.model, batch).total for batch in batches)
 
 
 def trainer_seconds(shape: ModelShape, samples: list[Sample], rows: int, context: Context) -> float:

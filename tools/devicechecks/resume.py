@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tools.demos.run_files import write_run_file
 from tools.devicechecks.outcome import CheckResult, Context, Skipped
-from tools.make_demo import CORPUS, SIDE, VOCAB, train_tokenizer, write_parts
-from trainer.runfile.toml_files import to_toml
+from tools.make_demo import CORPUS, SIDE, VOCAB, one_round, train_tokenizer, write_parts
 
 NUM_RECORDS = 40
 STEPS, EVERY = 60, 10
@@ -28,7 +28,7 @@ def check_resume(context: Context) -> CheckResult:
     folder = context.folder / "resume"
     write_records(folder)
     steps = STEPS // 2 if context.tiny else STEPS
-    whole, killed = (write_run_toml(folder, name, steps) for name in ("whole", "killed"))
+    whole, killed = (write_run_file(folder, name, __package__, "resume", steps=steps, every=EVERY) for name in ("whole", "killed"))
     started = [start_run(whole, context.on_gpu), start_run(killed, context.on_gpu)]
     try:
         kill_after_checkpoint(started[1], folder / "runs" / "killed")
@@ -53,41 +53,12 @@ def write_records(folder: Path) -> None:
     random = np.random.default_rng(0)
     records = []
     for i in range(NUM_RECORDS):
-        record = {"id": f"r{i}", "conversations": _round("Which digit is this? " * (1 + i % 7), "seven " * (1 + i % 3))}
+        record = {"id": f"r{i}", "conversations": one_round("Which digit is this? " * (1 + i % 7), "seven " * (1 + i % 3))}
         if i % 4:
             Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
-            record |= {"image": f"{i}.png", "conversations": _round("<image>\nWhich digit is this?", "seven " * (1 + i % 3))}
+            record |= {"image": f"{i}.png", "conversations": one_round("<image>\nWhich digit is this?", "seven " * (1 + i % 3))}
         records.append(record)
     (folder / "data.json").write_text(json.dumps(records))
-
-
-def _round(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-
-
-def write_run_toml(folder: Path, name: str, steps: int) -> Path:
-    """Write the run file of a run of `steps` steps and return its path."""
-    tables = {
-        "output_dir": str(folder / "runs" / name),
-        "model": {
-            "llm": {"path": str(folder / "llm"), "tune": "lora"},
-            "vision": {"path": str(folder / "vision")},
-            "vision_projector": {},
-        },
-        "lora": {"rank": 4, "dropout": 0.1},
-        "data": {
-            **{"max_length": 256, "workers": 1, "packing": True},
-            "sources": [{"path": str(folder / "data.json"), "media_root": str(folder / "images")}],
-        },
-        "batch": {"global_batch_size": 8, "micro_batch_tokens": 512},
-        "optim": {"lr": 1e-3},
-        "train": {"max_steps": steps, "deterministic": True},
-        "checkpoint": {"every": EVERY, "keep": 2},
-        "parallel": {"strategy": "ddp"},
-    }
-    path = folder / f"{name}.toml"
-    path.write_text(to_toml(tables))
-    return path
 
 
 def start_run(run_file: Path, on_gpu: bool) -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -25,19 +25,6 @@ START_SECONDS = 120.0
 """Seconds that a new process may take to import everything and open the device."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """When to stop: `until`, in seconds of `time.time`, and what keeps it from a check that would not end before."""
-
-    until: float
-
-    def too_late(self, check: Check) -> ReportRow | None:
-        """Return the row of a check for which no time is left, else None."""
-        if time.time() < self.until:
-            return None
-        return ReportRow(check.name, check.expected, "skipped", "no time was left: give --minutes more, or --only NAME")
-
-
 def open_context(device: str, folder: Path, tiny: bool) -> Context:
     """Open the device and a group of this process alone. Raises `ConfigError` where there is no such device."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -46,13 +33,18 @@ def open_context(device: str, folder: Path, tiny: bool) -> Context:
     return Context(replace(world, device=torch.device("cpu")) if device == "cpu" else world, folder, tiny)
 
 
-def run_here(checks: Iterable[Check], context: Context, limits: Limits, report: Callable[[str, ReportRow | None], None]) -> None:
-    """Run the checks one after the other; `report` gets the name of each before it and its row after it."""
+def run_here(checks: Iterable[Check], context: Context, until: float, report: Callable[[str, ReportRow | None], None]) -> None:
+    """Run the checks one after the other, none that would begin after `until`, in seconds of `time.time`.
+
+    `report` gets the name of each before it and its row after it.
+    """
     for check in checks:
-        outcome = limits.too_late(check)
-        if outcome is None:
+        if time.time() < until:
             report(check.name, None)
             outcome = run_check(check, context)
+        else:
+            late = "no time was left: give --minutes more, or --only NAME"
+            outcome = ReportRow(check.name, check.expected, "skipped", late)
         report(check.name, outcome)
         clean_up(context)
 
@@ -65,7 +57,7 @@ def clean_up(context: Context) -> None:
         torch.cuda.empty_cache()
 
 
-def worker(checks: Sequence[Check], device: str, tiny: bool, limits: Limits, out: TextIO) -> None:
+def worker(checks: Sequence[Check], device: str, tiny: bool, until: float, out: TextIO) -> None:
     """Run the checks in this process and write a line of JSON before and after each."""
 
     def report(name: str, outcome: ReportRow | None) -> None:
@@ -74,7 +66,7 @@ def worker(checks: Sequence[Check], device: str, tiny: bool, limits: Limits, out
 
     with tempfile.TemporaryDirectory(prefix="check_device-") as folder:
         context = open_context(device, Path(folder), tiny)
-        run_here(checks, context, limits, report)
+        run_here(checks, context, until, report)
         stop_world()
 
 

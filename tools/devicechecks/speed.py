@@ -14,7 +14,7 @@ from model.batch import Batch
 from tools.devicechecks.batches import mixed_samples, packed_batches
 from tools.devicechecks.cards import peak_of
 from tools.devicechecks.flops import useful_flops
-from tools.devicechecks.models import PLAIN, Recipe, build, card_of, parallel_with, run_config
+from tools.devicechecks.models import PLAIN, Recipe, build, card_of, run_config
 from tools.devicechecks.outcome import CheckResult, Context, Figure, Skipped
 from tools.devicechecks.shapes import TINY, ModelShape
 from tools.devicechecks.stepping import Stepper
@@ -101,7 +101,7 @@ def synchronise(device: torch.device) -> None:
 
 def measure_training(load: Load, is_compiled: bool, context: Context) -> CheckResult:
     """Train a model of `load`'s shape on packed rows with pictures; count real tokens and useful operations per second."""
-    parallel = parallel_with("compile") if is_compiled else PLAIN
+    parallel = replace(PLAIN, compile=is_compiled)
     if context.tiny and is_compiled and load.llm != "lora":
         raise Skipped("--tiny compiles one of the shapes")
     shape = TINY if context.tiny else load.shape

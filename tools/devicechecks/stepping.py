@@ -7,7 +7,6 @@ import itertools
 from torch import Tensor
 
 from model.batch import Batch
-from tools.devicechecks.numbers import step_options
 from trainer.faults.requests import Requests
 from trainer.health.deferred_read import DeferredRead
 from trainer.health.loss_monitor import scalars_to_read
@@ -15,7 +14,7 @@ from trainer.metrics import Meter
 from trainer.optim import set_learning_rates
 from trainer.schedule import multiplier
 from trainer.setup import PreparedRun
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 
 class Stepper:
@@ -24,7 +23,7 @@ class Stepper:
     def __init__(self, prepared: PreparedRun, batches: list[Batch]) -> None:
         if prepared.trained is None:
             raise ValueError("nothing to train")
-        self.prepared, self.optimizer = prepared, prepared.trained.optimizer
+        self.prepared, self.optimizer, self.scaling = prepared, prepared.trained.optimizer, prepared.trained.loss_scale
         on_gpu = prepared.world.device.type == "cuda"
         self.batches = itertools.cycle([batch.pin_memory() if on_gpu else batch for batch in batches])
         self.meter, self.deferred, self.requests = (
@@ -42,7 +41,7 @@ class Stepper:
         batch = next(self.batches)
         here = [batch.to(prepared.world.device)]
         extra = [*self.requests.announce(), self.share]
-        options = step_options(prepared, self.done, clip_norm=config.optim.clip_norm, extra=extra)
+        options = StepOptions(seed=0, step=self.done, clip_norm=config.optim.clip_norm, extra=extra, scaling=self.scaling)
         result = train_step(prepared.wrapped, self.optimizer, here, prepared.world, options)
         self.deferred.swap(scalars_to_read(result))
         self.share = result.losses.sum()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from tools.devicechecks.batches import steps_of
 from tools.devicechecks.exactness import LONGEST, NUM_STEPS, same_numbers, small, taken, within_rounding
-from tools.devicechecks.models import PLAIN, Recipe, build_from, parallel_with, random_values, run_config
+from tools.devicechecks.models import PLAIN, Recipe, build_from, random_values, run_config
 from tools.devicechecks.numbers import Taken, strict_float32, take_steps
 from tools.devicechecks.outcome import CheckResult, Context, Figure, Skipped
 from trainer.config import ParallelConfig
@@ -31,7 +31,7 @@ def recomputing(kind: Literal["none", "selective", "full"]) -> ParallelConfig:
 
 def check_compiled(context: Context) -> CheckResult:
     """Train with compiled blocks and without: equal in float32, and within rounding in bfloat16."""
-    parallel = parallel_with("compile")
+    parallel = replace(PLAIN, compile=True)
     recipe = Recipe(llm="lora", packing=True)
     with strict_float32():
         eager = taken(context, recipe, packed=True)
@@ -46,12 +46,11 @@ def check_compiled(context: Context) -> CheckResult:
 
 def check_offloaded(context: Context) -> CheckResult:
     """Train with masters, gradients and moments on the host."""
-    parallel = parallel_with("cpu_offload")
     if not context.on_gpu:
         raise Skipped("for a GPU: on a CPU they are there already")
     recipe = Recipe(llm="full", vision="full")
     with strict_float32():
-        return same_numbers(taken(context, replace(recipe, parallel=parallel)), taken(context, recipe))
+        return same_numbers(taken(context, replace(recipe, parallel=replace(PLAIN, cpu_offload=True))), taken(context, recipe))
 
 
 def check_sharded(context: Context) -> CheckResult:

@@ -26,6 +26,7 @@ def open_pair(index: RecordIndex, i: int, processor: Processor, media_root: str)
     """Read record `i`. Raises `RecordError` if it is not a pair."""
     record = parse(index.raw(i), index.where(i), index.name(i))
     check_answers(record, "pairs")
+    record = processor.media(record, media_root).timed()
     found, media = encode_answers(processor.template, record), processor.media(record, media_root)
     return assemble_answers(found, processor.template, media, None, sample_id=i, source_id=0)
 

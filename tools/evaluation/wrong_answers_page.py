@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,8 +10,9 @@ from data.prompts import encode_prompt
 from data.records.record import Record
 from data.sample import assemble_sample
 from tools.inspector.card_html import media_rows, visible
+from tools.inspector.document import document, page_file, policy_rules
 from tools.inspector.entry import Box, boxes_of
-from tools.inspector.page_html import STYLE
+from tools.inspector.page_html import PICTURES, STYLE
 from tools.inspector.pictures import Album
 from trainer.scores.text_metrics import METRICS, score_texts
 
@@ -21,14 +20,7 @@ MOST = 500
 """Wrong answers that a page shows at most; the first ones of the file."""
 PICTURE_BYTES = 24 << 20
 """Bytes of all pictures of a page together."""
-OWN_STYLE = """
-dl.answer { flex: 1 1 24rem; min-width: 0; margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1rem; }
-dl.answer dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-dl.answer .right { border-bottom: 2px solid var(--learn-line); } dl.answer .said { border-bottom: 2px solid var(--bad-ink); }
-table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .2rem 1.2rem .2rem 0; text-align: left;
-  font-variant-numeric: tabular-nums; }
-@media (max-width: 40rem) { dl.answer { grid-template-columns: 1fr; gap: 0; } dl.answer dd { margin-bottom: .6rem; } }
-"""
+PAGE, OWN_STYLE = page_file(__package__, "page.html"), page_file(__package__, "style.css")
 
 
 @dataclass(frozen=True)
@@ -54,22 +46,16 @@ def wrong_answers_page(
 ) -> str:
     """Return the whole document: the table of measures, then a card for each of the first wrong answers, in the file's order."""
     album, style = Album(PICTURE_BYTES), STYLE + OWN_STYLE
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'"
     rows = "".join(f"<tr><th>{visible(name)}</th><td>{value:,.4g}</td></tr>" for name, value in result.items())
-    shown = f"the first {MOST:,} of {len(wrong):,}" if len(wrong) > MOST else f"all {len(wrong):,}"
-    return "".join(
-        [
-            "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n",
-            f'<meta http-equiv=Content-Security-Policy content="{policy}">\n',
-            "<meta name=viewport content='width=device-width, initial-scale=1'>\n",
-            f"<title>Wrong answers: {visible(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<header>\n",
-            f"<h1>Wrong answers</h1>\n<p class=soft>{visible(title)}: {shown} wrong answers. Pictures have the pixels that the",
-            f" model receives.</p>\n<table>{rows}</table>\n</header>\n<main>\n",
-            *(_card(answer, processor, media_root, album) for answer in wrong[:MOST]),
-            "" if wrong else "<p>Every answer is right.</p>\n",
-            "</main>\n</body>\n</html>\n",
-        ]
+    cards = "".join(_card(answer, processor, media_root, album) for answer in wrong[:MOST])
+    return document(
+        PAGE,
+        policy=policy_rules(style, "", PICTURES),
+        style=style,
+        title=visible(title),
+        shown=f"the first {MOST:,} of {len(wrong):,}" if len(wrong) > MOST else f"all {len(wrong):,}",
+        rows=rows,
+        cards=cards or "<p>Every answer is right.</p>\n",
     )
 
 
@@ -97,6 +83,7 @@ def _figures(record: Record, processor: Processor, media_root: str, album: Album
     """Yield the media of the prompt, as the model receives them."""
     if not record.media:
         return
+    record = processor.media(record, media_root).timed()
     media, ids = processor.media(record, media_root), processor.template.placeholder_ids
     encoded = encode_prompt(processor.template, record)
     sample = assemble_sample(encoded, ids, media, max_length=None, sample_id=0, source_id=0)

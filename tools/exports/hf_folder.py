@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from data.config import DataConfig
 from data.media.pixel_budget import clip_budget, rule_of
 from data.media.tiling import grids
 from data.processor import Processor, load_processor
+from data.text.chat_formats import jinja_file
 from data.text.parts_template import takes_parts
 from data.text.tokenizer import pad_id, save_tokenizer
 from model.card import ModelCard
-from model.exports.hf_classes import INTERN_VL, NEXT, QWEN2_AUDIO, HfClass, choose_class, class_config
+from model.exports.hf_classes import INTERN_VL, NEXT, QWEN2_AUDIO, SMOLVLM, HfClass, choose_class, class_config
 from model.exports.hf_pixtral import PROCESSOR
 from model.exports.hf_processors import SEES_VIDEOS, named_tokens, processor_files, wraps
 from model.exports.hf_weights import weights, write_weights
@@ -32,10 +34,9 @@ from model.media_spec import PLACEHOLDERS, NativeSpec, image_spec
 from model.multimodal import MultimodalLM
 from model.published.transformers_qwen_vl import AROUND
 from tools.exports.hf_inputs import their_inputs
-from tools.exports.proofs import batch_of, check_close, in_float32, logits, sample
+from tools.exports.proofs import batch_of, check_close, in_float32, logits, reopened, sample
 from tools.exports.served_prompt import prompt_notes
 from tools.exports.task import Exported, ExportTask, python_line
-from trainer.errors import ProofError
 
 CLIP_ENDS = ("<|audio_bos|>", "<|audio_eos|>")
 """Tokens that Qwen2-Audio's chat template writes around a clip."""
@@ -70,7 +71,8 @@ def class_differences(target: HfClass, card: ModelCard) -> Iterator[str]:
     if target is INTERN_VL:
         yield "several pictures in one conversation: training shared data.max_tiles among them, this class gives each of them all"
     if target in SEES_VIDEOS:
-        yield "AutoProcessor of this class needs torchvision, for videos"
+        needs = "torchvision and num2words" if target is SMOLVLM else "torchvision"
+        yield f"AutoProcessor of this class needs {needs}, for videos"
     if target.processor == PROCESSOR:
         yield "AutoProcessor of this class needs torchvision"
     if target is QWEN2_AUDIO:
@@ -82,6 +84,8 @@ def budget_differences(config: DataConfig) -> Iterator[str]:
     for key, of in (("record_max_pixels", "all pictures of a conversation"), ("video_max_pixels", "all frames of a video")):
         if value := getattr(config, key):
             yield f"{of}: training gave them data.{key} = {value} together, this class's processor sizes each by itself"
+    if config.frame_times and config.min_frames > 1:
+        yield f"videos: training took data.min_frames = {config.min_frames} frames of the shortest, this class's processor one"
 
 
 def facts_of(processor: Processor) -> MediaFacts:
@@ -105,8 +109,12 @@ def facts_of(processor: Processor) -> MediaFacts:
 
 
 def _limited(facts: MediaFacts, processor: Processor) -> MediaFacts:
-    """Return the facts with the least and the most of pictures and videos, where these are read at their own size."""
+    """Return the facts with the least and the most of pictures and videos, where these are cut or read at their own size."""
     spec = processor.specs.get("image")
+    if facts.fit == "idefics":
+        config = processor.config
+        facts = replace(facts, cut=config.cut_tiles, sampling=(config.fps, config.max_frames))
+        return replace(facts, longest=config.side_tiles * image_spec(processor.specs).size)
     if not isinstance(spec, NativeSpec):
         return facts
     rule, clips = rule_of(spec, processor.config), clip_budget(spec, processor.config)
@@ -168,17 +176,8 @@ def for_parts(processor: Processor, target: HfClass) -> str:
     medium, wrapped = json.dumps(placeholder), json.dumps(before + token + after)
     first = f"(({medium} + '\\n') * (text.split({medium}) | length - 1) + text.replace({medium}, '') | trim) | trim"
     arranged = first if template.placeholders == "first" else "text"
-    return (
-        "{%- set flat = namespace(messages=[], lines=[]) -%}{%- for message in messages -%}"
-        "{%- if message['content'] is string -%}{%- set text = message['content'] -%}{%- else -%}"
-        "{%- set flat.lines = [] -%}{%- for part in message['content'] -%}"
-        f"{{%- set flat.lines = flat.lines + [part['text'] if part['type'] == 'text' else {medium}] -%}}"
-        "{%- endfor -%}{%- set text = flat.lines | join('\\n') -%}{%- endif -%}"
-        f"{{%- if {medium} in text -%}}{{%- set text = {arranged} -%}}"
-        f"{{%- set text = text.replace({medium}, {wrapped}) -%}}{{%- endif -%}}"
-        "{%- set flat.messages = flat.messages + [dict(message, content=text)] -%}"
-        "{%- endfor -%}{%- set messages = flat.messages -%}"
-    ) + template.source
+    prelude = "".join(jinja_file(__package__, "strings_of_parts.jinja").splitlines())
+    return Template(prelude).substitute(medium=medium, wrapped=wrapped, arranged=arranged) + template.source
 
 
 def prove_folder(folder: Path, target: HfClass, model: MultimodalLM, processor: Processor) -> float:
@@ -191,10 +190,7 @@ def prove_folder(folder: Path, target: HfClass, model: MultimodalLM, processor: 
         batch = batch_of(processor, record)
         inputs = their_inputs(folder, target, record, batch, processor)
     expected = logits(in_float32(model), batch)
-    theirs, report = getattr(transformers, target.name).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names and kind != "error_msgs"}
-    if wrong:
-        raise ProofError(f"transformers does not load every tensor of the export: {wrong}")
+    theirs = reopened(getattr(transformers, target.name), folder)
     with torch.no_grad():
-        found = theirs.eval()(**inputs).logits[0]
+        found = theirs(**inputs).logits[0]
     return check_close(found, expected, f"{target.name} and this model")

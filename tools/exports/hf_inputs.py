@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ import transformers
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # transformers 5.17 exports it with torchvision only
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_num2words_available, is_torchvision_available
 
 from data.media.blob import Blob
 from data.media.resample import resample
 from data.media.sound import read_audio
 from data.processor import Processor
 from model.batch import Batch, Media
-from model.exports.hf_classes import HfClass
+from model.exports.hf_classes import IDEFICS3, SMOLVLM, HfClass
 from model.exports.hf_pixtral import PROCESSOR
 from model.exports.hf_processors import NESTED, VIDEO, processor_class
 from model.files.untrusted import Json, load_json
@@ -39,6 +40,10 @@ def open_processor(folder: Path, target: HfClass) -> Any:
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     if target.processor == PROCESSOR and not is_torchvision_available():
         return _pixtral_reader(folder)
+    if target is IDEFICS3 and not is_torchvision_available():
+        return _idefics_reader(folder, target)
+    if target is SMOLVLM and not (is_torchvision_available() and is_num2words_available()):
+        return _smolvlm_reader(folder)
     if not (folder / VIDEO).is_file():
         return AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     image, tokenizer = (
@@ -67,6 +72,31 @@ def _pixtral_reader(folder: Path) -> ProcessorMixin:
     settings = {key: value for key, value in load_json(folder / NESTED).items() if key not in PARTS}
     pixels = pillow.PixtralImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
     found: ProcessorMixin = kind(pixels, tokenizer, chat_template=tokenizer.chat_template, **settings)
+    return found
+
+
+def _idefics_reader(folder: Path, target: HfClass, **parts: None) -> ProcessorMixin:
+    """Open the processor of Idefics3 or SmolVLM with its image processor of Pillow, which 5.17 finds with torchvision alone."""
+    package, name = f"transformers.models.{target.model_type}", target.name.removesuffix("ForConditionalGeneration")
+    pillow = import_module(f"{package}.image_processing_pil_{target.model_type}")
+    kind = _without_videos(getattr(import_module(f"{package}.processing_{target.model_type}"), f"{name}Processor"))
+    image = getattr(pillow, f"{name}ImageProcessorPil").from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    settings = {key: value for key, value in load_json(folder / NESTED).items() if key not in PARTS}
+    found: ProcessorMixin = kind(image, tokenizer, chat_template=tokenizer.chat_template, **parts, **settings)
+    return found
+
+
+def _smolvlm_reader(folder: Path) -> ProcessorMixin:
+    """Open SmolVLM's processor for pictures, without the packages that it asks for to read videos and to count their frames."""
+    names = vars(import_module("transformers.models.smolvlm.processing_smolvlm"))
+    installed = names["num2words"]
+    names["num2words"] = installed or str
+    try:
+        found = _idefics_reader(folder, SMOLVLM, video_processor=None)
+    finally:
+        names["num2words"] = installed
+    found.video_processor = SimpleNamespace(num_frames=1, fps=1)  # asked for of conversations without videos too
     return found
 
 

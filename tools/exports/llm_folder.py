@@ -13,7 +13,7 @@ from data.text.tokenizer import save_tokenizer
 from model.exports.llm_folder import has_axes, write_llm
 from model.load import load_model
 from model.multimodal import MultimodalLM
-from tools.exports.proofs import check_close, in_float32
+from tools.exports.proofs import check_close, in_float32, reopened
 from tools.exports.task import Exported, ExportTask, python_line
 from trainer.errors import ProofError
 
@@ -49,13 +49,9 @@ def prove_llm(folder: Path, model: MultimodalLM, processor: Processor) -> float:
     found_ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(WORDS)["input_ids"]
     if list(found_ids) != list(expected_ids):
         raise ProofError(f"AutoTokenizer gives other ids: {list(found_ids)} and not {list(expected_ids)}")
-    theirs, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-    )
-    if wrong := {kind: sorted(map(str, names)) for kind, names in report.items() if names and kind != "error_msgs"}:
-        raise ProofError(f"transformers does not load every tensor of the export: {wrong}")
+    theirs = reopened(AutoModelForCausalLM, folder)
     llm: Any = in_float32(model).llm
     ids = torch.tensor([expected_ids])
     with torch.no_grad():
-        found, expected = theirs.eval()(input_ids=ids).logits[0], llm(input_ids=ids).logits[0].float()
+        found, expected = theirs(input_ids=ids).logits[0], llm(input_ids=ids).logits[0].float()
     return check_close(found, expected, "AutoModelForCausalLM and this language model")

@@ -5,7 +5,6 @@ It names data by their names and numbers alone and folders by their last name: a
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import tomllib
@@ -19,6 +18,7 @@ import transformers
 from model.card import ModelCard
 from model.files.untrusted import Json, load_json
 from tools.exports.task import Exported, ExportTask
+from trainer.machine.json_lines import read_lines
 
 NAME = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -134,15 +134,10 @@ def _toml(file: Path) -> Json:
 
 
 def _lines(file: Path) -> list[Json]:
-    found = []
     try:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            value = json.loads(line)
-            if isinstance(value, dict) and isinstance(value.get("step"), int):
-                found.append(value)
-    except (OSError, ValueError):
-        return found
-    return found
+        return read_lines(file, {"step": int})[0]
+    except OSError:
+        return []
 
 
 def _section(title: str, text: str) -> str:

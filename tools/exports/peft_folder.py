@@ -19,11 +19,11 @@ from model.lora import is_adapter, merge_rows
 from model.weights.peft_adapter import WEIGHTS, adapter_config, peft_name, write_config
 from tools.exports.hf_folder import class_differences, facts_of, pipeline_of, write_folder
 from tools.exports.hf_inputs import their_inputs
-from tools.exports.proofs import batch_of, check_close, in_float32, logits, sample
+from tools.exports.proofs import batch_of, check_close, in_float32, logits, reopened, sample
 from tools.exports.task import Exported, ExportTask, python_line
 
 INSIDE = "model.language_model."
-"""Place of the decoder inside every class of transformers that is exported, since version 4.52."""
+"""Place of the decoder inside classes of transformers since version 4.52, unless their files on the hub have it elsewhere."""
 
 
 def to_peft(task: ExportTask) -> Exported:
@@ -66,8 +66,8 @@ def _inside_hf(task: ExportTask) -> Exported:
     model, base = load_model(source, merge_lora=False), task.folder / "base"
     base.mkdir()
     write_folder(base, target, card, model, processor)
-    inner = model.llm.base_model_prefix
-    tensors = {_inside(name, str(inner)): rows for name, rows in found.items()}
+    inner, place = model.llm.base_model_prefix, dict(target.llm).get("model.", INSIDE)
+    tensors = {_inside(name, str(inner), place): rows for name, rows in found.items()}
     paths = _paths(tensors)
     difference = prove_inside(base, target, tensors, card.lora.scale, model, processor)
     write_file(task.folder / WEIGHTS, {peft_name(name, paths): rows for name, rows in tensors.items()})
@@ -86,9 +86,9 @@ def _inside_hf(task: ExportTask) -> Exported:
     return Exported(line, f"a PEFT adapter of the model in base/ ({target.name})", "peft", pipeline_of(target), notes)
 
 
-def _inside(name: str, inner: str) -> str:
+def _inside(name: str, inner: str, place: str) -> str:
     """Return our name of an adapter's tensor, with the path of its module as in the exported class after `llm.`."""
-    return f"llm.{INSIDE}{name.removeprefix('llm.').removeprefix(f'{inner}.')}"
+    return f"llm.{place}{name.removeprefix('llm.').removeprefix(f'{inner}.')}"
 
 
 def _paths(tensors: Tensors) -> list[str]:
@@ -103,7 +103,7 @@ def prove_inside(base: Path, target: HfClass, tensors: Tensors, scale: float, mo
     with sample(processor) as record:
         batch = batch_of(processor, record)
         inputs = their_inputs(base, target, record, batch, processor)
-    theirs = getattr(transformers, target.name).from_pretrained(base, dtype=torch.float32, trust_remote_code=False).eval()
+    theirs = reopened(getattr(transformers, target.name), base)
     places = {f"llm.{name}": parameter for name, parameter in theirs.named_parameters()}
     with torch.no_grad():
         for name, rows in tensors.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -53,18 +53,30 @@ def sample_picture() -> Image.Image:
 
 def sample_clip(file: Path) -> Path:
     """Write a clip of 0.6 seconds in which no two moments are alike, 16-bit at 16 kHz, and return its path."""
-    samples = [(7919 * i * i) % 20011 - 10005 for i in range(9600)]
+    return write_clip(file, np.array([(7919 * i * i) % 20011 - 10005 for i in range(9600)]))
+
+
+def write_clip(file: Path, samples: np.ndarray) -> Path:
+    """Write samples (n,) of the scale of 16 bits as a clip at 16 kHz, and return its path."""
     with wave.open(str(file), "wb") as out:
         out.setnchannels(1)
         out.setsampwidth(2)
         out.setframerate(16_000)
-        out.writeframes(struct.pack(f"<{len(samples)}h", *samples))
+        out.writeframes(samples.astype("<i2").tobytes())
     return file
 
 
 def batch_of(processor: Processor, record: Json) -> Batch:
     """Return the record as a batch, as training reads such records, however long it is."""
     return replace(processor, config=replace(processor.config, max_length=1 << 20))([record], answers=True)
+
+
+def reopened(kind: Any, folder: Path) -> Any:
+    """Open an export in float32 with a class of transformers. Raises ProofError when it does not load every tensor."""
+    model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+    if wrong := {key: sorted(map(str, names)) for key, names in report.items() if names and key != "error_msgs"}:
+        raise ProofError(f"transformers does not load every tensor of the export: {wrong}")
+    return model.eval()
 
 
 def logits(model: MultimodalLM, batch: Batch) -> Tensor:

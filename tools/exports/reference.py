@@ -15,6 +15,8 @@ from tools.exports.proofs import check_close, sample_picture
 from trainer.errors import ProofError
 
 TILED = ("LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration")
+CUT = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
+"""Classes that take the views of all pictures of a row together, (1, N, 3, S, S)."""
 
 
 def prove_against(name: str, source: str, cache_dir: str, batch: Batch, specs: dict[str, MediaSpec], ours: Tensor) -> float:
@@ -42,7 +44,7 @@ def reference_inputs(name: str, batch: Batch, specs: dict[str, MediaSpec]) -> di
     if (seen := batch.media.get("image")) is not None and isinstance(spec := specs["image"], ImageSpec):
         values = seen_pixels(seen, spec)
         tiled = name in TILED
-        found["pixel_values"] = values[None] if tiled else values
+        found["pixel_values"] = values[None] if tiled or name in CUT else values
         if tiled:
             found["image_sizes"] = torch.tensor([sample_picture().size[::-1]])
         if name == TILED[1]:

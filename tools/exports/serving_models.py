@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import struct
-import wave
+import tomllib
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +13,17 @@ import torch
 import transformers
 from PIL import Image
 
-from data.text.tokenizer import save_tokenizer
 from model.files.untrusted import Json
-from tools.make_demo import train_tokenizer
+from tools.exports.proofs import write_clip
+from tools.make_demo import image_processor, one_round, train_tokenizer, write_small_llm
 
 SIDE, VOCAB, ROOM = 28, 512, 2048
 SECONDS = 4
 """Window of the audio encoder."""
 COLOURS = ("red", "green", "blue", "white")
-TOWERS: dict[str, tuple[str, str, Json]] = {
-    "clip": ("CLIPVisionConfig", "CLIPVisionModel", {}),
-    "siglip": ("SiglipVisionConfig", "SiglipVisionModel", {}),
-    "internvit": ("InternVLVisionConfig", "InternVLVisionModel", {"attention_bias": True}),
-}
-"""Classes of towers; each has CLIP's image processor but SigLIP, which distorts."""
-CASES: dict[str, Json] = {
-    "Llava": {"tower": "clip"},
-    "LlavaNext": {"tower": "clip", "projector": {"newline": True}, "data": {"image_fit": "anyres"}},
-    "LlavaOnevision": {
-        "tower": "siglip",
-        "projector": {"newline": True},
-        "data": {"image_fit": "anyres", "image_grid": ["1x1...3x3"], "anyres_max": 4},
-    },
-    "InternVL": {
-        "tower": "internvit",
-        "projector": {"kind": "pixel_shuffle_mlp"},
-        "data": {"image_fit": "tiles", "max_tiles": 4, "media_wrap": ["<img>", "</img>"]},
-    },
-    "Qwen2Audio": {"tower": ""},
-}
-"""What each class's run has beside the language model: settings of [model.vision_projector] and [data]."""
+TABLES: Json = tomllib.loads(files(__package__).joinpath("serving_models.toml").read_text(encoding="utf-8"))
+CASES: dict[str, Json] = TABLES["classes"]
+"""What each class's run has beside the language model: its tower, and settings of [model.vision_projector] and [data]."""
 
 
 def write_run(folder: Path, case: str, steps: int) -> Json:
@@ -72,13 +53,8 @@ def write_run(folder: Path, case: str, steps: int) -> Json:
         "output_dir": str(folder / "run"),
         "model": {"dtype": "float32", **model},
         "data": {**data, **settings.get("data", {})},
-        "lora": {"rank": 8, "alpha": 16, "dropout": 0.0},
-        "batch": {"global_batch_size": 4, "micro_batch_size": 4},
-        "optim": {"lr": 3e-3, "schedule": "constant"},
         "train": {"max_steps": steps},
-        "parallel": {"strategy": "ddp"},
-        "checkpoint": {"every": 10_000},
-        "log": {"every": 5},
+        **TABLES["run"],
     }
 
 
@@ -100,8 +76,7 @@ def _record(folder: Path, kind: str, i: int) -> Json:
     name = f"{i}.png" if kind == "image" else f"{i}.wav"
     _picture(folder / name, i, (40 + 9 * i, 70 - 6 * i)) if kind == "image" else _clip(folder / name, i, 6400 + 640 * i)
     ask = "What colour is it?" if kind == "image" else "What do you hear?"
-    said = [{"from": "human", "value": f"<{kind}>\n{ask}"}, {"from": "gpt", "value": f"It is {COLOURS[i % 4]}."}]
-    return {"id": str(i), kind: name, "conversations": said}
+    return {"id": str(i), kind: name, "conversations": one_round(f"<{kind}>\n{ask}", f"It is {COLOURS[i % 4]}.")}
 
 
 def _picture(path: Path, i: int, size: tuple[int, int]) -> Path:
@@ -112,45 +87,24 @@ def _picture(path: Path, i: int, size: tuple[int, int]) -> Path:
 
 
 def _clip(path: Path, i: int, length: int) -> Path:
-    tone = 9000 * np.sin(2 * np.pi * (300 + 400 * (i % 4)) * np.arange(length) / 16_000)
-    with wave.open(str(path), "wb") as out:
-        out.setnchannels(1)
-        out.setsampwidth(2)
-        out.setframerate(16_000)
-        out.writeframes(struct.pack(f"<{length}h", *tone.astype(int).tolist()))
-    return path
+    return write_clip(path, 9000 * np.sin(2 * np.pi * (300 + 400 * (i % 4)) * np.arange(length) / 16_000))
 
 
 def _llm(folder: Path, tokenizer: Any) -> None:
     """Write a Qwen2 whose heads are 64 wide, as kernels that serve want them."""
-    sizes = {
-        "hidden_size": 128,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    config = transformers.Qwen2Config(
-        vocab_size=VOCAB, max_position_embeddings=ROOM, initializer_range=0.1, tie_word_embeddings=False, **sizes, **ends
-    )
-    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {"num_key_value_heads": 1, "initializer_range": 0.1, "tie_word_embeddings": False}
+    write_small_llm(folder, tokenizer, vocab_size=VOCAB, max_position_embeddings=ROOM, **sizes, **shape)
 
 
 def _tower(folder: Path, kind: str) -> None:
-    config_name, model_name, extra = TOWERS[kind]
+    tower = TABLES["towers"][kind]
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = getattr(transformers, config_name)(**sizes, image_size=SIDE, patch_size=7, **extra)
-    getattr(transformers, model_name)(config).save_pretrained(folder)
-    square = {"height": SIDE, "width": SIDE}
-    crop = {"do_center_crop": True, "crop_size": square, "size": {"shortest_edge": SIDE}}
-    value = {
-        "image_processor_type": "SiglipImageProcessor" if kind == "siglip" else "CLIPImageProcessor",
-        **({"size": square} if kind == "siglip" else crop),
-        **{"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True},
-        **{"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
-    }
+    config = getattr(transformers, tower["config"])(**sizes, image_size=SIDE, patch_size=7, **tower.get("extra", {}))
+    getattr(transformers, tower["model"])(config).save_pretrained(folder)
+    value = image_processor(SIDE)
+    if kind == "siglip":  # it distorts pictures
+        value |= {"image_processor_type": "SiglipImageProcessor", "size": value["crop_size"], "do_center_crop": False}
     (folder / "preprocessor_config.json").write_text(json.dumps(value))
 
 

@@ -12,14 +12,7 @@ import torch
 from data.processor import Processor, load_processor
 from model.exports.hf_weights import model_entries, write_weights
 from model.exports.internvl import original_tower_config
-from model.exports.vita import (
-    SOUND,
-    TOWER,
-    check_exportable_vita,
-    tower_processor_file,
-    vita_config,
-    vita_names,
-)
+from model.exports.vita import SOUND, TOWER, check_exportable_vita, tower_processor_file, vita_config, vita_names
 from model.exports.vita_sound import band_sums, train_yaml
 from model.files.tensor_files import Entry, dump_json
 from model.load import load_model

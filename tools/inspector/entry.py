@@ -16,7 +16,7 @@ import numpy as np
 from data.dataset import MultimodalDataset, Rejected
 from data.media.record_media import RecordMedia
 from data.records.fields import shorten
-from data.records.record import MediaRef, Record, RecordError
+from data.records.record import Record, RecordError
 from data.sample import Sample, SampleMedia
 from data.text.template import Encoded, Template
 from model.batch import IGNORE_INDEX
@@ -131,7 +131,7 @@ def _rejected(
 ) -> InspectorEntry:
     _, index, number = dataset.locate(i)
     try:
-        record: Record | None = dataset.record(i)
+        record: Record | None = dataset.record(i, timed=False)
     except RecordError:
         record = None
     try:
@@ -179,7 +179,8 @@ def _answers(record: Record, template: Template, ids: list[int], boxes: list[Box
     other = template.encode(replace(record, turns=tuple(replace(turn, learn=True) for turn in record.turns)))
     answers = np.zeros(len(ids), dtype=bool)
     # The ids are nearly always the same; white space at the start of an answer may be tokenised in two ways.
-    for theirs, ours, length in [(0, 0, len(ids))] if ids == other.input_ids else _matching(other.input_ids, ids):
+    matcher = difflib.SequenceMatcher(None, other.input_ids, ids, autojunk=False)
+    for theirs, ours, length in [(0, 0, len(ids))] if ids == other.input_ids else matcher.get_matching_blocks():
         answers[ours : ours + length] = other.supervised[theirs : theirs + length]
     widths = np.ones(len(ids), dtype=np.int64)
     placeholders = np.flatnonzero(np.isin(ids, list(template.placeholder_ids.values())))
@@ -187,18 +188,10 @@ def _answers(record: Record, template: Template, ids: list[int], boxes: list[Box
     return np.repeat(answers, widths).tolist()
 
 
-def _matching(one: list[int], other: list[int]) -> list[tuple[int, int, int]]:
-    blocks = difflib.SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks()
-    return [(block.a, block.b, block.size) for block in blocks]
-
-
 def boxes_of(sample: Sample, record: Record, media: RecordMedia) -> Iterator[Box]:
     """Yield the media that `sample` kept of `record`, by modality."""
     for modality, found in sample.media.items():
         refs = [ref for ref in record.media if ref.modality == modality]
         for medium, ref in zip(found, refs):  # media of dropped rounds have no place in the sample
-            yield Box(shorten(ref.path), medium, media.specs[modality], _grid(medium, ref, media), ref.span)
-
-
-def _grid(medium: SampleMedia, ref: MediaRef, media: RecordMedia) -> tuple[int, int]:
-    return media.measure(ref).grid if medium.kind == "image" else (len(medium.values), 1)
+            grid = media.measure(ref).grid if medium.kind == "image" else (len(medium.values), 1)
+            yield Box(shorten(ref.path), medium, media.specs[modality], grid, ref.span)

@@ -5,25 +5,25 @@ Equal entries give equal bytes.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 
 import numpy as np
 
 from model.media_spec import PLACEHOLDERS
 from tools.inspector.card_html import LEARNED_FROM, STATUSES, TEXT_ONLY, card, visible
+from tools.inspector.document import document, page_file, policy_rules
 from tools.inspector.entry import InspectorEntry
 from tools.inspector.pictures import Album
 
-STYLE, SCRIPT = (files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
+PAGE, STYLE, SCRIPT = (page_file(__package__, name) for name in ("page.html", "style.css", "page.js"))
 """Neither contains anything from the data, and the page's policy lets nothing else run.
 
 Colours have a contrast of 4.5 or more on their grounds, light and dark. Learned text is underlined too, for readers who do not see
 green, and so are answers that are not learned, in grey.
 """
+PICTURES = "img-src data:"
+"""Part of the policy of pages whose pictures stand in them."""
 MAX_PICTURE_BYTES = 48 << 20
 """Most bytes of all pictures of a page together; a browser opens such a page in seconds."""
 BINS = 40
@@ -63,50 +63,16 @@ def page(title: str, chosen: str, max_length: int, sources: Sequence[tuple[Shown
             cards.append(card(entry, source.key, len(cards), max_length, album))
             seen.append((entry.kinds, entry.status))
     shown = [source for source, _ in sources]
-    return "".join(
-        [
-            f"<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n{content_policy(STYLE, SCRIPT)}\n",
-            "<meta name=viewport content='width=device-width, initial-scale=1'>\n",
-            f"<title>What the model sees: {visible(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n",
-            _head(title, chosen, shown),
-            _tools(shown, seen),
-            "<main>\n<div id=list>\n",
-            *cards,
-            "</div>\n<p id=none class=soft hidden>No sample fits these filters.</p>\n</main>\n",
-            "<div id=status role=status aria-live=polite></div>\n",
-            "<dialog id=big aria-label='Picture in full size'><div id=large></div>",
-            "<form method=dialog><p><button>Close</button></p></form></dialog>\n",
-            f"<script>{SCRIPT}</script>\n</body>\n</html>\n",
-        ]
-    )
-
-
-def content_policy(style: str, script: str) -> str:
-    """Return the element of a content security policy that allows only this style and script, by digest.
-
-    So even a mistake in escaping could load nothing and run nothing.
-    """
-    return f'<meta http-equiv=Content-Security-Policy content="{policy_rules(style, script)}">'
-
-
-def policy_rules(style: str, script: str) -> str:
-    """Return the rules of `content_policy`."""
-    of_style, of_script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
-    return f"default-src 'none'; img-src data:; style-src 'sha256-{of_style}'; script-src 'sha256-{of_script}'; base-uri 'none'"
-
-
-def _head(title: str, chosen: str, sources: list[Shown]) -> str:
-    return (
-        f"<header>\n<h1>What the model sees</h1>\n<p class=soft>{visible(title)}: {visible(chosen)}</p>\n"
-        "<p><mark>Green, underlined text</mark> is what the model is trained to write: the loss is measured on it and on nothing"
-        " else. All other text and every <span class=box>box</span>, which stands for the tokens of a picture, a video or a sound,"
-        " is only read on the way there. <span class=u>Grey, underlined text</span> is an answer that is read as well and"
-        " not learned, because its turn says so.</p>\n"
-        "<p class=soft>Pictures have the pixels that the model receives; click one for its full size. The bar of a sample is its"
-        " length against the longest allowed: blue media, grey text that is read, green text that is learned. Point at a token for"
-        " its number. Keys: <kbd>/</kbd> search, <kbd>j</kbd>&nbsp;<kbd>k</kbd> next and previous sample, <kbd>Tab</kbd> into a"
-        " text and <kbd>←</kbd>&nbsp;<kbd>→</kbd> from token to token.</p>\n"
-        f"<div class=sources>\n{''.join(map(_source, sources))}</div>\n</header>\n"
+    return document(
+        PAGE,
+        policy=policy_rules(STYLE, SCRIPT, PICTURES),
+        style=STYLE,
+        script=SCRIPT,
+        title=visible(title),
+        chosen=visible(chosen),
+        sources="".join(map(_source, shown)),
+        tools=_tools(shown, seen),
+        cards="".join(cards),
     )
 
 

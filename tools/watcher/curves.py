@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -85,10 +84,5 @@ def thinned(steps: np.ndarray, values: np.ndarray, most: int) -> Json:
 
 
 def _short(values: np.ndarray) -> list[float]:
-    return list(_rounded(values.tolist()))
-
-
-def _rounded(values: list[float]) -> Iterator[float]:
-    for value in values:
-        short = float(f"{value:.{DIGITS}g}")
-        yield int(short) if short.is_integer() and abs(short) < 1e15 else short
+    short = (float(f"{value:.{DIGITS}g}") for value in values.tolist())
+    return [int(value) if value.is_integer() and abs(value) < 1e15 else value for value in short]

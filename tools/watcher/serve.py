@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 
-from tools.inspector.page_html import SCRIPT, STYLE, policy_rules
+from tools.inspector.document import policy_rules
+from tools.inspector.page_html import PICTURES, SCRIPT, STYLE
 from tools.local_page import LocalHandler, LocalServer
 from tools.watcher.page_html import policy, run_page, values_text
 from tools.watcher.run_view import RunView
@@ -61,7 +62,7 @@ class Handler(LocalHandler):
         elif path == "/inspect":
             run, step = self._step(asked)
             kind, text = self.server.pages.page(run, step) if run else ("text/plain", "there is no such step\n")
-            self.answer(200, kind, text, policy_rules(STYLE, SCRIPT))
+            self.answer(200, kind, text, policy_rules(STYLE, SCRIPT, PICTURES))
         else:
             self.answer(404, "text/plain", "there is nothing here\n")
 

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
-from typing import Any
 
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from model.llm.causal_lm import blocks
 from model.multimodal import ENCODERS, MultimodalLM
 from trainer.config import ParallelConfig
 from trainer.distributed.compiled_blocks import compile_blocks
-
-KEPT_OPERATORS = {
-    *("mm", "addmm", "adapted", "_grouped_mm", "_varlen_attn"),
-    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
-    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu"),
-}
-"""Operators whose results selective recomputation keeps: products of weights, and attention in one kernel."""
+from trainer.distributed.selective import recompute_selectively
 
 
 def prepare_blocks(model: MultimodalLM, config: ParallelConfig) -> None:
@@ -41,22 +34,15 @@ def checkpoint_activations(model: MultimodalLM, kind: str = "full", spared: Coll
     """Make backward recompute the blocks of every part on the gradient's path, but for those `spared`. Names of parameters do not
     change.
 
-    `kind`: full | selective, which keeps the results of matrix products and attention. Transformers' own switch does nothing in
+    `kind`: full | selective, which keeps most results of matrix products and of attention. Transformers' own switch does nothing in
     eval mode, which frozen parts are in.
     """
-    options: dict[str, Any] = {"use_reentrant": False}
-    if kind == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keeps)
-    parts = [block_owner(model, name) for name in {"llm", *model.trainable_parts} - {*spared} if has_blocks(model, name)]
-    for part in parts:
+    for part in [block_owner(model, name) for name in {"llm", *model.trainable_parts} - {*spared} if has_blocks(model, name)]:
+        if kind == "selective":
+            recompute_selectively(blocks(part))
+            continue
         for block in blocks(part):
-            block.forward = functools.partial(checkpoint, block.forward, **options)
-
-
-def keeps(context: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Tell selective recomputation whether backward keeps an operator's result."""
-    is_kept = operator.overloadpacket.__name__ in KEPT_OPERATORS
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def block_owner(model: MultimodalLM, part: str) -> nn.Module:

@@ -204,7 +204,7 @@ def _record(dataset: MultimodalDataset, i: int) -> str:
     """Return where a sample stands and its id; where the record cannot be read, only where it stands."""
     _, index, row = dataset.locate(i)
     try:
-        return f"{index.where(row)} {shorten(dataset.record(i).id)}"
+        return f"{index.where(row)} {shorten(dataset.record(i, timed=False).id)}"
     except (RecordError, OSError):
         return index.where(row)
 

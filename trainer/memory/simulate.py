@@ -122,6 +122,9 @@ def shape_stand_ins() -> Iterator[None]:
 _OPERATORS = torch.library.Library("simulated", "DEF")
 _OPERATORS.define("_grouped_mm(Tensor rows, Tensor weights) -> Tensor")
 _OPERATORS.define("_scaled_dot_product_flash_attention(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)")
+# Operators, too: a compiler would see that shapes are all they read, and keep nothing for them.
+_OPERATORS.define("grouped_backward(Tensor grad, Tensor[] inputs, bool[] needed) -> Tensor[]")
+_OPERATORS.define("attention_backward(Tensor grad, Tensor[] inputs, Tensor found, Tensor sums) -> (Tensor, Tensor, Tensor)")
 
 
 @torch.library.impl(_OPERATORS, "_grouped_mm", "CompositeExplicitAutograd")
@@ -134,6 +137,17 @@ def _shaped_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
     # The kernels write (..., T, H, D) and return a transposed view, which the caller need not copy.
     shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1])
     return query.new_empty(shape).transpose(-2, -3), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.impl(_OPERATORS, "grouped_backward", "CompositeExplicitAutograd")
+def _shaped_product_backward(grad: Tensor, inputs: list[Tensor], needed: list[bool]) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor, is_needed in zip(inputs, needed) if is_needed]
+
+
+@torch.library.impl(_OPERATORS, "attention_backward", "CompositeExplicitAutograd")
+def _shaped_attention_backward(grad: Tensor, inputs: list[Tensor], found: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = inputs
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 class _Grouped(torch.autograd.Function):
@@ -149,7 +163,8 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         rows, weights = ctx.saved_tensors
         of_rows, of_weights = ctx.needs_input_grad
-        return torch.empty_like(rows) if of_rows else None, torch.empty_like(weights) if of_weights else None
+        found = torch.ops.simulated.grouped_backward(grads[0], [rows, weights], [of_rows, of_weights])
+        return found[0] if of_rows else None, found[-1] if of_weights else None
 
 
 class _Attention(torch.autograd.Function):
@@ -164,5 +179,5 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        query, key, value, found, sums = ctx.saved_tensors
+        return torch.ops.simulated.attention_backward(grads[0], [query, key, value], found, sums)

@@ -14,7 +14,7 @@ from data.dataset import MultimodalDataset, open_dataset
 from data.media.pixel_budget import check_budgets
 from data.order.mixing import Pool, make_pools
 from data.order.sampler import Sampler
-from data.processor import Processor, make_processor
+from data.processor import Processor
 from data.records.record import Answers
 from data.text.template import Template, TemplateOptions, load_template
 from data.text.tokenizer import load_tokenizer, pad_id
@@ -109,7 +109,7 @@ def open_data(
     sampler = None
     if train is not None:
         sampler = Sampler(train.lengths, train.modalities, config.batch.global_batch_size, config.seed, data.order, pools)
-    processor = make_processor(template, specs, data)
+    processor = Processor(template, specs, data)
     return RunData(card, processor, train, validation, sampler, pools, held_out, kinds.get(TRAIN, ESTIMATED))
 
 

@@ -78,7 +78,7 @@ def _prompts(dataset: MultimodalDataset, ids: list[int]) -> Iterator[Sample]:
 
 
 def _row(dataset: MultimodalDataset, i: int, answer: str) -> AnswerRow:
-    record = dataset.record(i)
+    record = dataset.record(i, timed=False)
     asked, expected = split_answer(record)
     return {
         "sample": i,

@@ -50,7 +50,7 @@ class AnswerPictures:
 
 def first_picture(dataset: MultimodalDataset, i: int) -> ShownPicture | None:
     """Return the first picture of a record; None without one, or where it cannot be read: the validation has told that."""
-    record = dataset.record(i)
+    record = dataset.record(i, timed=False)
     ref = next((ref for ref in record.media if ref.kind == "image"), None)
     spec = dataset.specs[ref.modality] if ref else None
     if ref is None or not isinstance(spec, ImageSpec):

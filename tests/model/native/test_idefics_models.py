@@ -20,7 +20,6 @@ from data.config import DataConfig
 from data.media.idefics_tiles import plan_idefics
 from data.media.inside_ids import tile_ids
 from data.positions import inside_ids
-from data.records.record import RecordError
 from model.batch import Batch
 from model.config import VisionConfig
 from model.errors import ConfigError
@@ -104,7 +103,7 @@ def test_tokens_of_a_picture_are_as_many_as_the_processor_counts(models: BothMod
     processor = data.processor
     spec, inside = image_spec(processor.specs), inside_ids(processor.tokenizer, processor.specs, processor.config)
     sizes = [(int(2 ** chance.uniform(0, 13.5)), int(2 ** chance.uniform(0, 13.5))) for _ in range(200)]
-    counts = [num_tokens(spec, inside.added("image", spec, plan_idefics(size, SIDE, SIDE_TILES))) for size in sizes]
+    counts = [num_tokens(spec, inside.added("image", spec, plan_idefics(size, SIDE, processor.config))) for size in sizes]
     options = {"size": {"longest_edge": SIDE * SIDE_TILES}, "max_image_size": {"longest_edge": SIDE}}
     grids = [models.reader.image_processor.get_number_of_image_patches(height, width, options)[1:] for width, height in sizes]
     texts = [models.reader.replace_image_token({"rows": [[rows]], "cols": [[cols]]}, 0) for rows, cols in grids]
@@ -132,7 +131,6 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "scale": ("config.json", {"scale_factor": 6}, "scale_factor = 6 in config.json; the connector here joins squares of"),
     "tile": ("preprocessor_config.json", {"max_image_size": {"longest_edge": 364}}, "max_image_size = 364 .*image_size = 24"),
     "longest": ("preprocessor_config.json", {"size": {"longest_edge": 100}}, "size = 100 .* is not made of tiles of 24 pixels"),
-    "whole": ("preprocessor_config.json", {"do_image_splitting": False}, "do_image_splitting = false .*side_tiles = 1"),
     "bytes": ("preprocessor_config.json", {"do_rescale": False}, "do_rescale = false"),
     "tokens": ("processor_config.json", {"image_seq_len": 81}, "image_seq_len = 81 .* a view of this model takes 4 tokens"),
     "sign": ("tokenizer_config.json", {"global_image_token": "<all>"}, "global_image_token = '<all>' among the tokenizer's"),
@@ -163,16 +161,35 @@ def test_one_view_of_each_picture_may_be_asked_for(smolvlm: Path, tmp_path: Path
     assert "<fake_token_around_image><global-img><image>" in data.processor.tokenizer.decode(batch.input_ids[0])
 
 
-def test_videos_are_refused_by_name(smolvlm: Path, tmp_path: Path) -> None:
-    data, _ = built(run_from(smolvlm, tmp_path / "run"))
-    with pytest.raises(RecordError, match="'idefics' reads pictures alone"):
-        data.processor([{**talk(), "video": str(tmp_path), "messages": [{"role": "user", "content": "<video>Hm?"}]}])
+@pytest.mark.parametrize("name", ["smolvlm", pytest.param("idefics3", marks=pytest.mark.long)])
+def test_pictures_stay_whole_where_their_processor_cuts_none(tmp_path: Path, name: str) -> None:
+    """Tokens at 120 sizes, then ids, pixels and the way back: views are resized in the processor's own steps."""
+    maker, folder = IDEFICS_MAKERS[name], tmp_path / "published"
+    maker.write(folder, True)
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_image_splitting": False}))
+    data, _ = built(run_from(folder, tmp_path / "run"))
+    config, reader, chance = data.processor.config, native_reader(folder, maker), random.Random(0)
+    assert (config.side_tiles, config.cut_tiles) == (SIDE_TILES, False)
+    sizes = [(int(2 ** chance.uniform(0, 13.5)), int(2 ** chance.uniform(0, 13.5))) for _ in range(120)]
+    inside = inside_ids(data.processor.tokenizer, data.processor.specs, config)
+    spec = image_spec(data.processor.specs)
+    counts = {num_tokens(spec, inside.added("image", spec, plan_idefics(size, SIDE, config))) for size in sizes}
+    text = reader.replace_image_token({"rows": [[0]], "cols": [[0]]}, 0)
+    assert counts == {len(reader.tokenizer(text, add_special_tokens=False).input_ids)}
+    shown = [picture(tmp_path, *size) for size in ((97, 61), (3, 150), (1, 1), (25, 24))]
+    record = asked(*shown)
+    inputs = reader.apply_chat_template(record["messages"], tokenize=True, return_dict=True, return_tensors="pt")
+    batch = data.processor([record], answers=True)
+    assert inputs["input_ids"].tolist() == batch.input_ids.tolist()
+    assert torch.equal(inputs["pixel_values"][0], batch.media["image"].values)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"side_tiles": 2}, "side_tiles = 2 has no effect unless data.image_fit = 'idefics'"),
+        ({"cut_tiles": False}, "cut_tiles = false has no effect unless data.image_fit = 'idefics'"),
         ({"image_fit": "idefics", "side_tiles": 0}, "side_tiles = 0 is not in"),
         ({"image_fit": "idefics", "side_tiles": 17}, "side_tiles = 17 is not in"),
     ],

@@ -104,6 +104,7 @@ def _maker(cls: Any, config: Any, processor: Any, pixels: Any, side: int) -> Nat
         "model.vision_projector.kind": f"pixel_shuffle{side}_linear",
         "data.image_fit": "idefics",
         "data.side_tiles": SIDE_TILES,
+        "data.cut_tiles": True,
         "data.media_wrap": [],
     }
     return NativeMaker(cls, write, partial(idefics_reader, cls=processor, tokens=(SIDE // PATCH // side) ** 2), pixels, facts)
