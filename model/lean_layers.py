@@ -22,7 +22,7 @@ SLOPE = 1.702  # of quick GELU
 
 
 class GradContext(Protocol):
-    """What these functions use of autograd's context."""
+    """The part of autograd's context that these functions use."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -31,14 +31,14 @@ class GradContext(Protocol):
 
 
 class NormLayer(Protocol):
-    """What is read of a norm."""
+    """A norm, as far as it is read."""
 
     weight: Tensor
     variance_epsilon: float
 
 
 class GatedLayers(Protocol):
-    """What is read of a gated block."""
+    """A gated block, as far as it is read."""
 
     gate_proj: Callable[[Tensor], Tensor]
     up_proj: Callable[[Tensor], Tensor]
