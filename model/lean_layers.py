@@ -22,7 +22,7 @@ SLOPE = 1.702  # of quick GELU
 
 
 class GradContext(Protocol):
-    """The part of autograd's context that these functions use."""
+    """Interface of autograd's context: tensors that are saved, and inputs that need gradients."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -31,14 +31,14 @@ class GradContext(Protocol):
 
 
 class NormLayer(Protocol):
-    """A norm, as far as it is read."""
+    """Interface of a norm: its weight and its epsilon."""
 
     weight: Tensor
     variance_epsilon: float
 
 
 class GatedLayers(Protocol):
-    """A gated block, as far as it is read."""
+    """Interface of a gated block: its three projections."""
 
     gate_proj: Callable[[Tensor], Tensor]
     up_proj: Callable[[Tensor], Tensor]
