@@ -157,7 +157,7 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int =
 
 
 def make_lean(model: nn.Module) -> None:
-    """Replace the forward of every layer of `model` that computes one of these functions. Classes keep their names, parameters theirs.
+    """Replace the forward of every layer of `model` that computes one of these functions. Names of classes and parameters stay.
 
     A layer is taken if its class computes, on a probe, the same to the bit.
     """
