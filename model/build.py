@@ -13,6 +13,7 @@ from model.audio.state_head import StateHead
 from model.card import ModelCard, make_card
 from model.config import LoraConfig, ModelConfig, QuantizeConfig
 from model.errors import ConfigError
+from model.lean_layers import make_lean
 from model.llm.causal_lm import VocabularyLayout, build_llm, head_weight
 from model.llm.early_features import EarlyFeatures
 from model.llm.new_tokens import add_new_rows
@@ -78,6 +79,7 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
         if config.state_head is not None:
             parts["state_head"] = StateHead(width, config.state_head)
     model = MultimodalLM(llm, parts, card.specs, dtype)
+    make_lean(model)
     if (levels := getattr(parts.get("vision"), "levels", 1)) > 1:
         model.levels = levels
         EarlyFeatures(llm.get_decoder(), width, levels)

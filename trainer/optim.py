@@ -18,7 +18,7 @@ from trainer.config import OptimConfig
 from trainer.distributed.world import World
 from trainer.loss_scale import LossScale
 from trainer.muon import Muon
-from trainer.optim_state import BLOCK, Group, Rule, assign_rules, rules_of, tensors_to_save
+from trainer.optim_state import BLOCK, Group, Rule, assign_rules, new_state, rules_of, tensors_to_save
 from trainer.sgd import SGD
 from trainer.sharded_adamw import ShardedAdamW
 
@@ -109,11 +109,32 @@ def in_norm_order(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return sorted(parameters, key=lambda p: not is_sharded_tensor(p))  # shards first, else in the given order
 
 
-def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: float, loss_scale: Tensor | None = None) -> Tensor:
+def settle(optimizer: torch.optim.Optimizer) -> None:
+    """Make the gradients and the state of all parameters that have none yet, zeros, before a forward allocates anything.
+
+    Made in a backward, they would come to lie between activations and stay there. The C library moves nothing: the next
+    micro-batch, of other lengths, would not fit between them and take memory of its own.
+    """
+    for parameter, rule in rules_of(optimizer).items():
+        if parameter not in optimizer.state:
+            optimizer.state[parameter] = new_state(rule, parameter)
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def clipped_update(
+    optimizer: torch.optim.Optimizer,
+    norm: Tensor,
+    clip_norm: float,
+    loss_scale: Tensor | None = None,
+    *,
+    keeps_gradients: bool = False,
+) -> Tensor:
     """Update once with gradients scaled to at most `clip_norm` (0 = off); skip the update where `norm` is not finite.
 
     Gradients are `loss_scale` times as large as `norm` says; None: once. The optimizer clips and skips by itself, so the host does
     not wait. Returns 1.0 where the update was skipped, (), on the device. The norm is the same on all ranks, so all skip alike.
+    `keeps_gradients`: they are zeros afterwards, and not freed.
     """
     # Zero times a norm that is not finite is NaN, which differs from zero.
     skipped = (norm * 0).ne(0).float()
@@ -121,7 +142,7 @@ def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: fl
     scale = scale if loss_scale is None else scale * loss_scale
     vars(optimizer).update(found_inf=skipped, grad_scale=scale)  # what GradScaler sets: torch declares neither
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not keeps_gradients)
     return skipped
 
 

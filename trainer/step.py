@@ -16,7 +16,7 @@ from model.weights.initial_values import seed_of
 from trainer.distributed.parallelize import gradient_sync
 from trainer.distributed.world import World
 from trainer.loss_scale import LossScale
-from trainer.optim import clipped_update, gradient_norm
+from trainer.optim import clipped_update, gradient_norm, settle
 from trainer.ratios import ratios_of
 
 
@@ -63,6 +63,9 @@ def train_step(
     mark("count")
     if (tuning := unwrapped(wrapped).preference) is not None:
         batches = tuning.prepare(wrapped, batches)  # some kinds run the model for it, without a graph
+    keeps_gradients = world.device.type == "cpu" and world.size == 1 and len(batches) > 1
+    if keeps_gradients:
+        settle(optimizer)
     divisors, extra_sums = loss_divisors(wrapped, batches, world, options.extra)
     addends: list[Tensor] = []
     ratios: list[dict[str, Tensor]] = []
@@ -86,7 +89,7 @@ def train_step(
     mark("update")
     norm, norms = gradient_norm(p for group in optimizer.param_groups for p in group["params"])  # collective if sharded
     norm = norm if scale is None else norm / scale
-    skipped = clipped_update(optimizer, norm, options.clip_norm, scale)
+    skipped = clipped_update(optimizer, norm, options.clip_norm, scale, keeps_gradients=keeps_gradients)
     if options.scaling:
         options.scaling.update(skipped)
     # With parallel.cpu_offload gradients are on the host, and so is what was found of them.
