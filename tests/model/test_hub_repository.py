@@ -109,7 +109,7 @@ class Follower:
         self.told = told
 
     def broadcast_json(self, value: Any) -> Any:
-        assert value == {}
+        assert value == []
         return self.told
 
 
@@ -117,10 +117,10 @@ def test_rank_0_asks_for_all_ranks(parts: Path, cache: Path, asked: list[Any], m
     config = config_of(parts, model={"llm": {"path": "org/name"}, "cache_dir": str(cache)})
     assert list(hub_ids(config)) == [("model.llm.path", "org/name")]
     share_look_ups([config], World(0, 0, 1, None))  # type: ignore[arg-type]
-    told = {"known": hub_repository.known_look_ups()}
+    told = ["", "", hub_repository.known_look_ups()]
     monkeypatch.setattr(hub_repository, "_looked_up", {})
     share_look_ups([config], Follower(told))  # type: ignore[arg-type]
     assert find_file("model.llm.path", "org/name", "config.json", str(cache)) is not None
     assert asked == [("org/name", None)]
     with pytest.raises(ConfigError, match="planted"):
-        share_look_ups([config], Follower({"error": "planted"}))  # type: ignore[arg-type]
+        share_look_ups([config], Follower(["ConfigError", "planted", None]))  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.batch_transport import pack_for_transport
-from model.batch import Media
+from model.batch import Batch, Media
 from model.media_spec import NativeSpec
 from model.patch_layout import patch_layout
 
@@ -62,8 +62,9 @@ def test_patches_arrive_as_they_were_sent(kind: str) -> None:
 def test_every_tensor_of_them_is_pinned_and_moved(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths stay numbers on the CPU: no device is waited for."""
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor.to("meta"))
-    media = media_of(SPECS[kind])
-    for moved in (media.pin_memory(), media.to(torch.device("meta"))):
+    media, ids = media_of(SPECS[kind]), torch.zeros(1, 4, dtype=torch.long)
+    batch = Batch(ids, ids, None, ids, ids[0], ids[0], ids[0], ids[0], (4,), media={"image": media})
+    for moved in (batch.pin_memory().media["image"], batch.to(torch.device("meta")).media["image"]):
         for (name, leaf), (_, before) in zip(leaves(moved), leaves(media), strict=True):
             if isinstance(before, Tensor):
                 assert isinstance(leaf, Tensor) and leaf.is_meta and leaf.shape == before.shape, name
