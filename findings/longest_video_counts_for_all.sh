@@ -18,6 +18,14 @@ cat > intro.py <<'PYTHON'
 import re
 
 import numpy as np
+import torch
+
+if "+cpu" in torch.__version__:
+    # The index's wheel of torchvision is built for another torch and loads no operators; none is used here, but two are looked up.
+    operators = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        operators.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
 
