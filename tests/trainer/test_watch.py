@@ -125,7 +125,7 @@ def start_stuck(world: World, parts: Path, output_dir: Path, culprit: int, where
     os.setsid()
     holder, name = {"certify": (Template, "encode"), "check": (MultimodalDataset, "record")}[where]
     if world.rank == culprit:
-        setattr(holder, name, lambda *args: time.sleep(hangs.FOREVER))
+        setattr(holder, name, lambda *args, **options: time.sleep(hangs.FOREVER))
     sections = {"faults": {"stall_seconds": hangs.STALL_SECONDS}, "output_dir": str(output_dir)}
     os._exit(run(config_of(parts, **sections), world))
 
