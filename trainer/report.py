@@ -20,7 +20,6 @@ from model.llm.experts import fused_parameters
 from model.llm.quantized_linear import quantised
 from model.trainable import part_table
 from trainer.checkpoint.resume import StageStart
-from trainer.checkpoint.retention import set_aside, step_of
 from trainer.config import ParallelConfig
 from trainer.distributed.compute_copies import keeps_copies
 from trainer.distributed.parallelize import is_sharded
@@ -40,13 +39,10 @@ NAME = "start.json"
 def write_plan(prepared: PreparedRun, start: StageStart, first_step: int, chosen: str) -> None:
     """Print the plan of a stage that goes on behind `first_step` steps of its own; write run.toml and start.json. For rank 0.
 
-    Checkpoints beyond the one that the user named as the beginning are moved aside: they would be mistaken for this run's.
     `chosen`: a line about what was chosen at the start, which run.toml holds as a comment.
     """
-    stage, notes = prepared.stage, start.notes
-    if start.checkpoint and stage.config.checkpoint.resume not in ("auto", "none"):
-        notes = [*notes, *set_aside(stage.run_folder, step_of(start.checkpoint))]
-    plan = describe_run(prepared, start.checkpoint if start.state else None, notes)
+    stage = prepared.stage
+    plan = describe_run(prepared, start.checkpoint if start.state else None, start.notes)
     comment = f"# {chosen}\n" if chosen else ""
     replace_text(stage.run_folder / "run.toml", to_toml(to_tables(stage.root)) + comment)
     write_start(prepared, first_step, plan)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from trainer.checkpoint.restore import restore, restore_loss_scale
 from trainer.checkpoint.resume import StageStart, check_state, check_trains, find_resume_point, load_state, remaining_stages
-from trainer.checkpoint.retention import step_of
+from trainer.checkpoint.retention import set_aside, step_of
 from trainer.config import RunConfig
 from trainer.distributed.main_rank import say
 from trainer.distributed.world import World
@@ -74,6 +74,10 @@ def train_stage(stage: Stage, start: StageStart, world: World, status: RunStatus
         restore(start.checkpoint, prepared.trained, state["optimizer_steps"], tracker.report_progress)
         restore_loss_scale(start.checkpoint, prepared.trained, state)
     if world.is_main:
+        if start.checkpoint and stage.config.checkpoint.resume not in ("auto", "none"):
+            # Checkpoints beyond the one that the user named would be mistaken for this run's.
+            moved = set_aside(stage.run_folder, step_of(start.checkpoint))
+            start = replace(start, notes=[*start.notes, *moved])
         write_plan(prepared, start, first_step, chosen)
     best = BestValue(stage.config.checkpoint.best, state.get("best") if state else None)
     if prepared.trained and first_step < prepared.total_steps:
