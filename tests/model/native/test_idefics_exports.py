@@ -18,7 +18,6 @@ from data.processor import load_processor
 from model.card import read_card
 from model.errors import ConfigError
 from model.exports.hf_classes import choose_class
-from model.load import load_model
 from tests.support.published.asking import run_from
 from tests.support.published.idefics import IDEFICS_MAKERS, SIDE, SIDE_TILES
 from tests.support.published.native_runs import picture, talk
@@ -29,7 +28,6 @@ from tools.exports.hf_folder import facts_of
 from tools.import_model import main as import_model
 from trainer.main import run
 
-NEW = 8
 SAMPLING = {"fps": 2, "max_frames": 5, "video_size": {"longest_edge": SIDE * SIDE_TILES}}
 BOTH = pytest.mark.parametrize("name", ["smolvlm", pytest.param("idefics3", marks=pytest.mark.long)])
 Exported = Callable[[str], Path]
@@ -79,34 +77,6 @@ def test_what_comes_in_goes_out_again_bit_for_bit(exported: Exported, name: str)
             found["vision_config"].pop(key, None)
         found["text_config"].pop("perceiver_config", None)
     assert ours == theirs
-
-
-@BOTH
-def test_the_processor_reads_pictures_as_the_published_one(exported: Exported, tmp_path: Path, name: str) -> None:
-    record = talk(picture(tmp_path, 97, 61), picture(tmp_path, 10, 130), picture(tmp_path, 7, 5))
-    readers = [IDEFICS_MAKERS[name].read(exported(name) / folder) for folder in ("published", "out")]
-    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    before, after = (reader.apply_chat_template(record["messages"], **options) for reader in readers)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-@BOTH
-def test_answers_equal_those_of_transformers(exported: Exported, tmp_path: Path, name: str) -> None:
-    model, processor = load_model(exported(name) / "ours"), load_processor(exported(name) / "ours")
-    model.stop_ids = ()
-    theirs = IDEFICS_MAKERS[name].cls.from_pretrained(exported(name) / "out", dtype=torch.float32).eval()
-    reader = IDEFICS_MAKERS[name].read(exported(name) / "out")
-    limits: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
-    for shown in ([], [(44, 31)], [(97, 20), (12, 16)]):
-        record = {"messages": talk(*(picture(tmp_path, *size) for size in shown))["messages"][:-1]}
-        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-        inputs = reader.apply_chat_template(record["messages"], **options)
-        prompt = processor([record])
-        assert prompt.input_ids.tolist() == inputs["input_ids"].tolist()
-        with torch.no_grad():
-            answers = theirs.generate(**inputs, **limits)[:, prompt.input_ids.shape[1] :]
-        assert model.generate(prompt, max_new_tokens=NEW) == answers.tolist()
 
 
 @pytest.mark.long

@@ -29,7 +29,9 @@ from tools.exports.hf_folder import budget_differences, facts_of
 from tools.import_model import main as import_model
 from trainer.errors import ProofError
 
-ALL = pytest.mark.parametrize("name", families(("qwen2_5_vl", "pixtral", "mistral3"), lambda maker: not maker.not_exported))
+ALL = pytest.mark.parametrize(
+    "name", families(("qwen2_5_vl", "pixtral", "mistral3", "smolvlm"), lambda maker: not maker.not_exported)
+)
 ASIDE = (
     *("transformers_version", "_name_or_path", "dtype", "architectures", "image_seq_length"),
     *("tie_word_embeddings", "norm_topk_prob", "type"),
