@@ -109,7 +109,7 @@ def in_norm_order(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return sorted(parameters, key=lambda p: not is_sharded_tensor(p))  # shards first, else in the given order
 
 
-def settle(optimizer: torch.optim.Optimizer) -> None:
+def allocate_zeros(optimizer: torch.optim.Optimizer) -> None:
     """Make the gradients and the state of all parameters that have none yet, zeros, before a forward allocates anything.
 
     Made in a backward, they would come to lie between activations and stay there. The C library moves nothing: the next

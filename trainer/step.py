@@ -16,7 +16,7 @@ from model.weights.initial_values import seed_of
 from trainer.distributed.parallelize import gradient_sync
 from trainer.distributed.world import World
 from trainer.loss_scale import LossScale
-from trainer.optim import clipped_update, gradient_norm, settle
+from trainer.optim import allocate_zeros, clipped_update, gradient_norm
 from trainer.ratios import ratios_of
 
 
@@ -63,9 +63,10 @@ def train_step(
     mark("count")
     if (tuning := unwrapped(wrapped).preference) is not None:
         batches = tuning.prepare(wrapped, batches)  # some kinds run the model for it, without a graph
+    # One process on a CPU has gradients before it has activations: between those, memory would never be in one piece again.
     keeps_gradients = world.device.type == "cpu" and world.size == 1 and len(batches) > 1
     if keeps_gradients:
-        settle(optimizer)
+        allocate_zeros(optimizer)
     divisors, extra_sums = loss_divisors(wrapped, batches, world, options.extra)
     addends: list[Tensor] = []
     ratios: list[dict[str, Tensor]] = []
@@ -79,8 +80,8 @@ def train_step(
             # One backward on the sum: in a backward of its own, a router's term would reach a sharded block before the text's.
             loss = total_loss(terms, divisors)
             mark("backward")
-            # A non-finite loss may have finite gradients. Times NaN they are not finite either, and every rank skips the update.
-            # A factor, not an argument of `backward`: for one of those torch imports sympy, 0.4 CPU seconds.
+            # 1, or NaN where the loss is not finite: it makes every gradient NaN, which finite ones would not tell, and every rank
+            # skips the update. A factor, not an argument of `backward`: for one of those torch imports sympy, 0.4 CPU seconds.
             factor = 1 + 0 * loss.detach()
             (loss * (factor if scale is None else factor * scale)).backward()
         addends.append(terms["text"].addends)

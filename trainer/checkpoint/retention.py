@@ -1,4 +1,4 @@
-"""Retention of checkpoints: which ones a run folder holds, which one to resume from, which ones may be removed."""
+"""Retention of checkpoints: which ones a run folder holds and are verified, which one to resume from, which may be removed."""
 
 from __future__ import annotations
 

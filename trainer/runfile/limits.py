@@ -1,4 +1,4 @@
-"""Tables of what a single setting may be, and of settings that only some values of another one read."""
+"""Tables of what a single setting may be, but for those of `DataConfig`, and of settings that only some values of another read."""
 
 from __future__ import annotations
 
