@@ -63,10 +63,9 @@ def train_step(
     mark("count")
     if (tuning := unwrapped(wrapped).preference) is not None:
         batches = tuning.prepare(wrapped, batches)  # some kinds run the model for it, without a graph
-    # One process on a CPU has gradients before it has activations: between those, memory would never be in one piece again.
     keeps_gradients = world.device.type == "cpu" and world.size == 1 and len(batches) > 1
     if keeps_gradients:
-        allocate_zeros(optimizer)
+        allocate_zeros(optimizer)  # made in a backward they would lie between activations, and a CPU's memory stay in pieces
     divisors, extra_sums = loss_divisors(wrapped, batches, world, options.extra)
     addends: list[Tensor] = []
     ratios: list[dict[str, Tensor]] = []
