@@ -23,6 +23,7 @@ def policy_rules(style: str, script: str, *others: str) -> str:
     return "; ".join(("default-src 'none'", *others, *allowed, "base-uri 'none'"))
 
 
-def document(page: str, **values: str) -> str:
-    """Return the HTML `page` with a value, which is escaped already, in the place of each $name."""
-    return Template(page).substitute(values)
+def document(page: str, policy: str = "", **values: str) -> str:
+    """Return the HTML `page` with a value, which is escaped already, in the place of each $name; $head names the `policy`."""
+    head = Template(page_file(__package__, "head.html")).substitute(policy=policy)
+    return Template(page).substitute(values, policy=policy, head=head.rstrip("\n"))
