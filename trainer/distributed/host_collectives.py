@@ -69,7 +69,7 @@ class ReduceByExchange(HostBuffers):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: object, async_op: bool = False
     ) -> None:
-        """Add this rank's rows of every `input_tensor` (ranks * n,) into `output_tensor` (n,). Collective; done on return."""
+        """Set `output_tensor` (n,) to the sum of all ranks' `input_tensor` (ranks * n,) in the rows of this rank. Collective."""
         if op != dist.ReduceOp.SUM:
             raise ValueError(f"reduction {op} of sharded gradients on a CPU: only sums, see set_force_sum_reduction_for_comms")
         received = self.allocate(input_tensor.shape, dtype=input_tensor.dtype, device=input_tensor.device)
