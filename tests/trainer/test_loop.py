@@ -21,6 +21,7 @@ from tests.support.runs import start, start_alone
 from tests.support.trainable import ALONE, build
 from tools.bench_step import Counter, hidden_syncs
 from trainer import metrics
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config import OptimConfig
 from trainer.distributed.blocks import checkpoint_activations
 from trainer.distributed.parallelize import replicate
@@ -102,6 +103,17 @@ def test_the_log_for_other_scripts_makes_every_line_once(tmp_path: Path, monkeyp
         assert text == dump_json(state) and (state["global_step"], state["max_steps"]) == (step, 9)
         assert [entry["step"] for entry in state["log_history"]] == [*range(1, step + 1)] and len(made) == step
     assert state["log_history"][2] == {"step": 3, "loss": 1.5, "learning_rate": 0.1 * 3}
+
+
+def test_memory_for_a_save_is_asked_for_before_the_step_that_the_save_follows(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str | int] = []
+    expect, save = Checkpointer.expect, Checkpointer.save
+    monkeypatch.setattr(Checkpointer, "expect", lambda self: (told.append("expect"), expect(self)))
+    monkeypatch.setattr(Checkpointer, "save", lambda self, step, *more: (told.append(step), save(self, step, *more))[1])
+    assert start_alone(parts, tmp_path / "run", {"checkpoint": {"every": 4}}).code == 0
+    assert told == ["expect", 4, "expect", 6]
 
 
 def test_tokens_are_counted_per_source_and_go_on_after_a_resume(parts: Path, tmp_path: Path) -> None:
