@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config import OptimConfig
 from trainer.distributed.blocks import checkpoint_activations
 from trainer.distributed.parallelize import replicate
+from trainer.distributed.world import World
 from trainer.metrics import FOLD, Meter, SourceSums
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import StepOptions, train_step
@@ -105,15 +107,26 @@ def test_the_log_for_other_scripts_makes_every_line_once(tmp_path: Path, monkeyp
     assert state["log_history"][2] == {"step": 3, "loss": 1.5, "learning_rate": 0.1 * 3}
 
 
-def test_memory_for_a_save_is_asked_for_before_the_step_that_the_save_follows(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def saves_of_a_run(world: World, parts: Path, folder: Path) -> list[str | int]:
+    """Return what the loop told the checkpointer, in order: saves by their step."""
     told: list[str | int] = []
     expect, save = Checkpointer.expect, Checkpointer.save
-    monkeypatch.setattr(Checkpointer, "expect", lambda self: (told.append("expect"), expect(self)))
-    monkeypatch.setattr(Checkpointer, "save", lambda self, step, *more: (told.append(step), save(self, step, *more))[1])
-    assert start_alone(parts, tmp_path / "run", {"checkpoint": {"every": 4}}).code == 0
-    assert told == ["expect", 4, "expect", 6]
+
+    def expected(self: Checkpointer) -> None:
+        told.append("expect")
+        expect(self)
+
+    def saved(self: Checkpointer, step: int, *more: Any) -> Path:
+        told.append(step)
+        return save(self, step, *more)
+
+    with patch.object(Checkpointer, "expect", expected), patch.object(Checkpointer, "save", saved):
+        assert start(world, parts, folder, {"checkpoint": {"every": 4}}).code == 0
+    return told
+
+
+def test_memory_for_a_save_is_asked_for_before_the_step_that_the_save_follows(parts: Path, tmp_path: Path) -> None:
+    assert run_ranks(saves_of_a_run, 1, parts, tmp_path / "run") == [["expect", 4, "expect", 6]]
 
 
 def test_tokens_are_counted_per_source_and_go_on_after_a_resume(parts: Path, tmp_path: Path) -> None:

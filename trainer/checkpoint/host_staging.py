@@ -66,7 +66,7 @@ class Staging:
             _page_lock(self)
 
     def _touch(self) -> None:
-        """Have the system fill every page; the first touch of a page costs more than the copy into it."""
+        """Write to every page, for which the system fills it: that costs more than the copy into it."""
         self.buffer.numpy()[:: mmap.PAGESIZE] = 0
 
     def warm(self) -> None:
