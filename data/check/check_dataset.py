@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.check.check_record import check_record
+from data.check.check_record import check_records
 from data.check.found import PART, Found, collect_results, is_current, join_parts, read_part, write_check_part
 from data.check.measured_lengths import Measurement, measurement_path, source_identities, write_measurement
 from data.dataset import MultimodalDataset
@@ -111,10 +111,13 @@ def check_part(
     known = read_part(part.path, decode=depth.decode, near=depth.near)
     if known is not None and is_current(known):
         return True
-    checked = []
-    for i in range(part.start, part.stop):
-        on_progress(dataset.where(i))
-        checked.append(check_record(dataset, i, decode=depth.decode, near=depth.near))
+
+    def told() -> Iterator[int]:
+        for i in range(part.start, part.stop):
+            on_progress(dataset.where(i))
+            yield i
+
+    checked = [*check_records(dataset, told(), decode=depth.decode, near=depth.near, on_media=on_progress)]
     write_check_part(part.path, collect_results(checked), decode=depth.decode, near=depth.near)
     return False
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from data.check.certificate import encode_proven
@@ -21,6 +22,8 @@ from data.text.rounds import TooLongError
 from model.media_spec import MediaMeta, num_tokens
 
 BAD, TOO_LONG = "bad", "too_long"
+TOGETHER, TOGETHER_CHARACTERS = 32, 1 << 20
+"""Most samples that are checked together; and characters after which no further one is taken, because all are held in memory."""
 IN_FULL = 64
 """One record of so many is proven in full, whatever was proven of its layout."""
 _WORD = re.compile(r"\w+")
@@ -65,40 +68,110 @@ class Checked:
 
 
 def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, near: bool = False, keys: bool = True) -> Checked:
-    """Check sample `i`: return all that is wrong with it, and what it holds. Never raises.
+    """Check sample `i` alone, as `check_records` does."""
+    (found,) = check_records(dataset, (i,), decode=decode, near=near, keys=keys)
+    return found
+
+
+def check_records(
+    dataset: MultimodalDataset,
+    ids: Iterable[int],
+    *,
+    decode: bool = False,
+    near: bool = False,
+    keys: bool = True,
+    on_media: Callable[[str], object] = lambda at: None,
+) -> Iterator[Checked]:
+    """Check the samples `ids`: yield, in their order, all that is wrong with each, and what it holds. Raises nothing of its own.
 
     decode: media are decoded in full. near: pictures are decoded small, to be compared with others. keys: the record's texts get
-    keys, by which they are compared with others; for a long text the keys cost more than all the rest.
+    keys, by which they are compared with others; for a long text the keys cost more than all the rest. `on_media` is called with
+    the place of each record whose media are next.
+
+    A step is taken with up to TOGETHER samples before the next step: code and tables of a step stay in the processor's cache then,
+    where one sample after the other took a third more time.
     """
+    together: list[_Check | Checked] = []
+    characters = 0
+    for i in ids:
+        together.append(one := _begin(dataset, i))
+        characters += one.characters if isinstance(one, _Check) else 0
+        if len(together) == TOGETHER or characters > TOGETHER_CHARACTERS:
+            yield from _finished(together, decode, near, keys, on_media)
+            together, characters = [], 0
+    yield from _finished(together, decode, near, keys, on_media)
+
+
+def _begin(dataset: MultimodalDataset, i: int) -> _Check | Checked:
+    """Read sample `i`; return the result if it cannot be read."""
     try:
-        record = dataset.record(i, timed=False)
+        return _Check(dataset, i, dataset.record(i, timed=False))
     except Exception as error:
         return Checked((_problem(dataset, i, error),))
-    media = dataset.media(i, record)
-    problems: list[Problem] = []
-    found: list[CheckedMedium] = []
-    metas: list[MediaMeta] = []
-    for ref in record.media:
-        medium = MediumCheck(dataset, i, media, ref)
+
+
+def _finished(
+    together: Sequence[_Check | Checked], decode: bool, near: bool, keys: bool, on_media: Callable[[str], object]
+) -> Iterator[Checked]:
+    """Take the steps after reading, each with all samples; yield the results."""
+    begun = [one for one in together if isinstance(one, _Check)]
+    for one in begun:
+        one.look(decode, near, on_media)
+    for one in begun:
+        one.measure()
+    for found in together:
+        yield found.result(keys) if isinstance(found, _Check) else found
+
+
+class _Check:
+    """Check of sample `i`, whose record could be read, in steps that never raise."""
+
+    def __init__(self, dataset: MultimodalDataset, i: int, record: Record) -> None:
+        self._dataset, self._i, self._record = dataset, i, record
+        self._media = dataset.media(i, record)
+        self._problems: list[Problem] = []
+        self._found: list[CheckedMedium] = []
+        self._metas: list[MediaMeta] = []
+        self._size: Measured | None = None
+        self._whole = self._removed = 0
+
+    @property
+    def characters(self) -> int:
+        """Return the characters that the record holds, with the media inside it."""
+        return sum([len(turn.content) for turn in self._record.turns]) + sum([len(ref.path) for ref in self._record.media])
+
+    def look(self, decode: bool, near: bool, on_media: Callable[[str], object]) -> None:
+        """Check every medium."""
+        if self._record.media:
+            on_media(self._record.where)
+        for ref in self._record.media:
+            medium = MediumCheck(self._dataset, self._i, self._media, ref)
+            try:
+                medium.run(decode, near)
+            except Exception as error:
+                self._problems.append(_problem(self._dataset, self._i, error))
+            self._found.append(medium.found())
+            self._metas += [] if medium.meta is None else [medium.meta]
+
+    def measure(self) -> None:
+        """Prove and count the record's ids."""
+        is_too_long, metas = False, self._metas
         try:
-            medium.run(decode, near)
+            self._record = record = self._record if self._problems else self._media.timed()
+            self._size, self._removed = _measured(self._dataset, self._i, record, metas)
+            self._whole = self._size.whole if self._size else 0
         except Exception as error:
-            problems.append(_problem(dataset, i, error))
-        found.append(medium.found())
-        metas += [] if medium.meta is None else [medium.meta]
-    size, whole, removed, is_too_long = None, 0, 0, False
-    try:
-        record = record if problems else media.timed()
-        size, removed = _measured(dataset, i, record, metas)
-        whole = size.whole if size else 0
-    except Exception as error:
-        whole = getattr(error, "whole", 0)
-        problems.append(_problem(dataset, i, error))
-        is_too_long = isinstance(error, TooLongError)
-    if not whole and (size or is_too_long) and len(metas) == len(record.media):
-        whole = _whole_length(dataset, record, metas)
-    text_keys = (_text_key(record), _words_key(record)) if keys else (0, 0)
-    return Checked(tuple(problems), size, *text_keys, tuple(found), whole, unlearned=record.num_unlearned, removed=removed)
+            self._whole = getattr(error, "whole", 0)
+            self._problems.append(_problem(self._dataset, self._i, error))
+            is_too_long = isinstance(error, TooLongError)
+        if not self._whole and (self._size or is_too_long) and len(metas) == len(self._record.media):
+            self._whole = _whole_length(self._dataset, self._record, metas)
+
+    def result(self, keys: bool) -> Checked:
+        """Return what was found, with the record's keys if `keys`."""
+        record, counts = self._record, (self._whole, self._record.num_unlearned, self._removed)
+        text_keys = (_text_key(record), _words_key(record)) if keys else (0, 0)
+        return Checked(tuple(self._problems), self._size, *text_keys, tuple(self._found), *counts)
 
 
 def _measured(dataset: MultimodalDataset, i: int, record: Record, metas: list[MediaMeta]) -> tuple[Measured | None, int]:
