@@ -60,7 +60,7 @@ class Checked:
     problems: tuple[Problem, ...] = ()
     size: Measured | None = None  # None for a record without a length
     text: int = 0  # 64-bit hash, equal for equal conversations; 0 for a record that cannot be read
-    words: int = 0  # the same hash without regard to case, spaces, punctuation and placeholders
+    words: int = 0  # the same hash without regard to case, spaces, punctuation and placeholders; 0 if not asked for
     media: tuple[CheckedMedium, ...] = ()
     whole: int = 0  # tokens of all rounds, also of a record that is too long; 0 where they were not counted
     unlearned: int = 0  # answers that are read and not learned, because the record says so
@@ -84,9 +84,9 @@ def check_records(
 ) -> Iterator[Checked]:
     """Check the samples `ids`: yield, in their order, all that is wrong with each, and what it holds. Raises nothing of its own.
 
-    decode: media are decoded in full. near: pictures are decoded small, to be compared with others. keys: the record's texts get
-    keys, by which they are compared with others; for a long text the keys cost more than all the rest. `on_media` is called with
-    the place of each record whose media are next.
+    decode: media are decoded in full. near: pictures are decoded small and words get a key, to find records that are nearly the
+    same. keys: records get keys, by which those that are the same are found. `on_media` is called with the place of each record
+    whose media are next.
 
     A step is taken with up to TOGETHER samples before the next step: code and tables of a step stay in the processor's cache then,
     where one sample after the other took a third more time.
@@ -120,7 +120,7 @@ def _finished(
     for one in begun:
         one.measure()
     for found in together:
-        yield found.result(keys) if isinstance(found, _Check) else found
+        yield found.result(keys, near) if isinstance(found, _Check) else found
 
 
 class _Check:
@@ -167,10 +167,10 @@ class _Check:
         if not self._whole and (self._size or is_too_long) and len(metas) == len(self._record.media):
             self._whole = _whole_length(self._dataset, self._record, metas)
 
-    def result(self, keys: bool) -> Checked:
-        """Return what was found, with the record's keys if `keys`."""
+    def result(self, keys: bool, near: bool) -> Checked:
+        """Return what was found, with the record's keys if `keys`, and of them the one of its words if `near`."""
         record, counts = self._record, (self._whole, self._record.num_unlearned, self._removed)
-        text_keys = (_text_key(record), _words_key(record)) if keys else (0, 0)
+        text_keys = _text_key(record) if keys else 0, _words_key(record) if keys and near else 0
         return Checked(tuple(self._problems), self._size, *text_keys, tuple(self._found), *counts)
 
 
