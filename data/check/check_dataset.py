@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.check.check_record import check_records
+from data.check.check_record import SHALLOW, Depth, check_records
 from data.check.found import PART, Found, collect_results, is_current, join_parts, read_part, write_check_part
 from data.check.measured_lengths import Measurement, measurement_path, source_identities, write_measurement
 from data.dataset import MultimodalDataset
@@ -24,14 +24,6 @@ from data.index.sidecar import safe_name
 
 FOLDER = "check"
 _AT = b"at "
-
-
-@dataclass(frozen=True)
-class Depth:
-    """Depth of a check: what is examined beside records and headers."""
-
-    decode: bool = False  # decode every medium in full
-    near: bool = False  # compare what pictures look like
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ def check_dataset(
     dataset: MultimodalDataset,
     index_folder: Path,
     *,
-    depth: Depth = Depth(),
+    depth: Depth = SHALLOW,
     workers: int = 1,
     name: str = "check",
     on_progress: Callable[[str], object] = lambda at: None,
@@ -117,7 +109,7 @@ def check_part(
             on_progress(dataset.where(i))
             yield i
 
-    checked = [*check_records(dataset, told(), decode=depth.decode, near=depth.near, on_media=on_progress)]
+    checked = [*check_records(dataset, told(), depth, on_progress)]
     write_check_part(part.path, collect_results(checked), decode=depth.decode, near=depth.near)
     return False
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from data.check.certificate import encode_proven
+from data.check.certificate import proven_encoding
 from data.check.check_medium import CheckedMedium, MediumCheck, hash_key
 from data.dataset import MultimodalDataset
 from data.preference.sample import measure_answers, with_rejected
@@ -19,10 +19,11 @@ from data.records.placeholders import without_placeholders
 from data.records.record import Record, RecordError
 from data.sample import Measured, measure_encoded
 from data.text.rounds import TooLongError
+from data.text.steps import Steps, take_together
 from model.media_spec import MediaMeta, num_tokens
 
 BAD, TOO_LONG = "bad", "too_long"
-TOGETHER, TOGETHER_CHARACTERS = 32, 1 << 20
+TOGETHER, TOGETHER_CHARACTERS = 64, 1 << 20
 """Most samples that are checked together; and characters after which no further one is taken, because all are held in memory."""
 IN_FULL = 64
 """One record of so many is proven in full, whatever was proven of its layout."""
@@ -67,124 +68,101 @@ class Checked:
     removed: int = 0  # answers that the template shortens: it leaves out the thoughts before the last question
 
 
-def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, near: bool = False, keys: bool = True) -> Checked:
+@dataclass(frozen=True)
+class Depth:
+    """Depth of a check: what is examined beside records and headers."""
+
+    decode: bool = False  # decode every medium in full
+    near: bool = False  # compare what pictures look like, and words
+    keys: bool = True  # give records keys, by which equal ones are found
+
+
+SHALLOW = Depth()
+
+
+def check_record(dataset: MultimodalDataset, i: int, depth: Depth = SHALLOW) -> Checked:
     """Check sample `i` alone, as `check_records` does."""
-    (found,) = check_records(dataset, (i,), decode=decode, near=near, keys=keys)
+    (found,) = check_records(dataset, (i,), depth)
     return found
 
 
 def check_records(
-    dataset: MultimodalDataset,
-    ids: Iterable[int],
-    *,
-    decode: bool = False,
-    near: bool = False,
-    keys: bool = True,
-    on_media: Callable[[str], object] = lambda at: None,
+    dataset: MultimodalDataset, ids: Iterable[int], depth: Depth = SHALLOW, on_media: Callable[[str], object] = lambda at: None
 ) -> Iterator[Checked]:
     """Check the samples `ids`: yield, in their order, all that is wrong with each, and what it holds. Raises nothing of its own.
 
-    decode: media are decoded in full. near: pictures are decoded small and words get a key, to find records that are nearly the
-    same. keys: records get keys, by which those that are the same are found. `on_media` is called with the place of each record
-    whose media are next.
-
-    A step is taken with up to TOGETHER samples before the next step: code and tables of a step stay in the processor's cache then,
-    where one sample after the other took a third more time.
+    Up to TOGETHER of them are read, then take every step together, which takes a third less time. `on_media` is called with the
+    place of each record whose media are next.
     """
-    together: list[_Check | Checked] = []
+    works: list[Steps[Checked]] = []
     characters = 0
     for i in ids:
-        together.append(one := _begin(dataset, i))
-        characters += one.characters if isinstance(one, _Check) else 0
-        if len(together) == TOGETHER or characters > TOGETHER_CHARACTERS:
-            yield from _finished(together, decode, near, keys, on_media)
-            together, characters = [], 0
-    yield from _finished(together, decode, near, keys, on_media)
+        read = _read(dataset, i)
+        works.append(_steps(dataset, i, read, depth, on_media))
+        if isinstance(read, Record):
+            characters += sum([len(turn.content) for turn in read.turns]) + sum([len(ref.path) for ref in read.media])
+        if len(works) == TOGETHER or characters > TOGETHER_CHARACTERS:
+            yield from take_together(works)
+            works, characters = [], 0
+    yield from take_together(works)
 
 
-def _begin(dataset: MultimodalDataset, i: int) -> _Check | Checked:
-    """Read sample `i`; return the result if it cannot be read."""
+def _read(dataset: MultimodalDataset, i: int) -> Record | Problem:
+    """Read the record of sample `i`, or find why it cannot be read."""
     try:
-        return _Check(dataset, i, dataset.record(i, timed=False))
+        return dataset.record(i, timed=False)
     except Exception as error:
-        return Checked((_problem(dataset, i, error),))
+        return _problem(dataset, i, error)
 
 
-def _finished(
-    together: Sequence[_Check | Checked], decode: bool, near: bool, keys: bool, on_media: Callable[[str], object]
-) -> Iterator[Checked]:
-    """Take the steps after reading, each with all samples; yield the results."""
-    begun = [one for one in together if isinstance(one, _Check)]
-    for one in begun:
-        one.look(decode, near, on_media)
-    for one in begun:
-        one.measure()
-    for found in together:
-        yield found.result(keys, near) if isinstance(found, _Check) else found
-
-
-class _Check:
-    """Check of sample `i`, whose record could be read, in steps that never raise."""
-
-    def __init__(self, dataset: MultimodalDataset, i: int, record: Record) -> None:
-        self._dataset, self._i, self._record = dataset, i, record
-        self._media = dataset.media(i, record)
-        self._problems: list[Problem] = []
-        self._found: list[CheckedMedium] = []
-        self._metas: list[MediaMeta] = []
-        self._size: Measured | None = None
-        self._whole = self._removed = 0
-
-    @property
-    def characters(self) -> int:
-        """Return the characters that the record holds, with the media inside it."""
-        return sum([len(turn.content) for turn in self._record.turns]) + sum([len(ref.path) for ref in self._record.media])
-
-    def look(self, decode: bool, near: bool, on_media: Callable[[str], object]) -> None:
-        """Check every medium."""
-        if self._record.media:
-            on_media(self._record.where)
-        for ref in self._record.media:
-            medium = MediumCheck(self._dataset, self._i, self._media, ref)
-            try:
-                medium.run(decode, near)
-            except Exception as error:
-                self._problems.append(_problem(self._dataset, self._i, error))
-            self._found.append(medium.found())
-            self._metas += [] if medium.meta is None else [medium.meta]
-
-    def measure(self) -> None:
-        """Prove and count the record's ids."""
-        is_too_long, metas = False, self._metas
+def _steps(
+    dataset: MultimodalDataset, i: int, record: Record | Problem, depth: Depth, on_media: Callable[[str], object]
+) -> Steps[Checked]:
+    """Check what was read of sample `i`, step by step. Raises nothing of its own."""
+    if isinstance(record, Problem):
+        return Checked((record,))
+    media = dataset.media(i, record)
+    problems: list[Problem] = []
+    found: list[CheckedMedium] = []
+    metas: list[MediaMeta] = []
+    if record.media:
+        on_media(record.where)
+    for ref in record.media:
+        medium = MediumCheck(dataset, i, media, ref)
         try:
-            self._record = record = self._record if self._problems else self._media.timed()
-            self._size, self._removed = _measured(self._dataset, self._i, record, metas)
-            self._whole = self._size.whole if self._size else 0
+            medium.run(depth.decode, depth.near)
         except Exception as error:
-            self._whole = getattr(error, "whole", 0)
-            self._problems.append(_problem(self._dataset, self._i, error))
-            is_too_long = isinstance(error, TooLongError)
-        if not self._whole and (self._size or is_too_long) and len(metas) == len(self._record.media):
-            self._whole = _whole_length(self._dataset, self._record, metas)
+            problems.append(_problem(dataset, i, error))
+        found.append(medium.found())
+        metas += [] if medium.meta is None else [medium.meta]
+    yield
+    size, whole, removed, is_too_long = None, 0, 0, False
+    try:
+        record = record if problems else media.timed()
+        size, removed = yield from _measured(dataset, i, record, metas)
+        whole = size.whole if size else 0
+    except Exception as error:
+        whole = getattr(error, "whole", 0)
+        problems.append(_problem(dataset, i, error))
+        is_too_long = isinstance(error, TooLongError)
+    if not whole and (size or is_too_long) and len(metas) == len(record.media):
+        whole = _whole_length(dataset, record, metas)
+    yield
+    text_keys = _text_key(record) if depth.keys else 0, _words_key(record) if depth.keys and depth.near else 0
+    return Checked(tuple(problems), size, *text_keys, tuple(found), whole, unlearned=record.num_unlearned, removed=removed)
 
-    def result(self, keys: bool, near: bool) -> Checked:
-        """Return what was found, with the record's keys if `keys`, and of them the one of its words if `near`."""
-        record, counts = self._record, (self._whole, self._record.num_unlearned, self._removed)
-        text_keys = _text_key(record) if keys else 0, _words_key(record) if keys and near else 0
-        return Checked(tuple(self._problems), self._size, *text_keys, tuple(self._found), *counts)
 
-
-def _measured(dataset: MultimodalDataset, i: int, record: Record, metas: list[MediaMeta]) -> tuple[Measured | None, int]:
+def _measured(dataset: MultimodalDataset, i: int, record: Record, metas: list[MediaMeta]) -> Steps[tuple[Measured | None, int]]:
     """Prove the record's ids and return its size, None without the sizes of all its media, and how many answers are shortened."""
     template, limit, in_full = dataset.template, dataset.config.max_length, i % IN_FULL == 0
     sized = len(metas) == len(record.media)
     counts = [num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
     if dataset.answers != "one":
         for one in (record, *([with_rejected(record)] if record.rejected else [])):
-            encode_proven(template, one, in_full=in_full)
+            yield from proven_encoding(template, one, in_full=in_full)
         answers = dataset.encode_answers(i, record)
         return measure_answers(answers, template, record, counts, limit) if sized else None, answers.encoded.removed
-    encoded = encode_proven(template, record, limit, in_full=in_full)
+    encoded = yield from proven_encoding(template, record, limit, in_full=in_full)
     return measure_encoded(encoded, template.placeholder_ids, record, counts, limit) if sized else None, encoded.removed
 
 

@@ -23,8 +23,8 @@ from transformers import AddedToken
 
 from data.check import check_dataset as check_run
 from data.check import check_record as check
-from data.check.check_dataset import Depth, SourceFound, check_dataset, parts_of, remove_stale
-from data.check.check_record import TOO_LONG, check_record, check_records
+from data.check.check_dataset import SourceFound, check_dataset, parts_of, remove_stale
+from data.check.check_record import TOO_LONG, Depth, check_record, check_records
 from data.check.found import read_part
 from data.check.measured_lengths import source_identities
 from data.check.report import percentiles, summarise_source, summary_lines
@@ -88,8 +88,8 @@ def test_records_are_found_together_as_each_by_itself(
 
     monkeypatch.setattr(check, "TOGETHER", together)
     monkeypatch.setattr(check, "TOGETHER_CHARACTERS", characters)
-    alone = [check_record(cold(), i, near=True) for i in range(len(corpus.dataset))]
-    assert [*check_records(cold(), range(len(corpus.dataset)), near=True)] == alone
+    alone = [check_record(cold(), i, Depth(near=True)) for i in range(len(corpus.dataset))]
+    assert [*check_records(cold(), range(len(corpus.dataset)), Depth(near=True))] == alone
     assert sum(len(one.problems) for one in alone) >= 40 and not all(one.problems for one in alone)
 
 
@@ -140,13 +140,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sample ids that are really checked, in parts of 8 records."""
     seen: list[int] = []
 
-    def counted(dataset: MultimodalDataset, ids: Iterable[int], **options: Any) -> Any:
+    def counted(dataset: MultimodalDataset, ids: Iterable[int], *options: Any) -> Any:
         def told() -> Iterator[int]:
             for i in ids:
                 seen.append(i)
                 yield i
 
-        return check_records(dataset, told(), **options)
+        return check_records(dataset, told(), *options)
 
     monkeypatch.setattr(check_run, "check_records", counted)
     monkeypatch.setattr(check_run, "PART", 8)
@@ -176,11 +176,11 @@ def test_a_check_that_was_killed_goes_on(tmp_path: Path, calls: list[int], monke
     whole = outcome(check_dataset(data, tmp_path / "whole"))
     counted = check_run.check_records
 
-    def deadly(dataset: MultimodalDataset, ids: Iterable[int], **options: Any) -> Any:
+    def deadly(dataset: MultimodalDataset, ids: Iterable[int], *options: Any) -> Any:
         for i in ids:
             if i == 20:
                 raise KeyboardInterrupt
-            yield from counted(dataset, [i], **options)
+            yield from counted(dataset, [i], *options)
 
     monkeypatch.setattr(check_run, "check_records", deadly)
     with pytest.raises(KeyboardInterrupt):
@@ -201,11 +201,11 @@ def test_processes_find_the_same_and_one_that_dies_is_told(
     assert len(calls) == 40  # the processes counted for themselves
     counted, own = check_run.check_records, os.getpid()
 
-    def deadly(dataset: MultimodalDataset, ids: Iterable[int], **options: Any) -> Any:
+    def deadly(dataset: MultimodalDataset, ids: Iterable[int], *options: Any) -> Any:
         for i in ids:
             if i == 35 and os.getpid() != own:
                 os.kill(os.getpid(), signal.SIGKILL)
-            yield from counted(dataset, [i], **options)
+            yield from counted(dataset, [i], *options)
 
     monkeypatch.setattr(check_run, "check_records", deadly)
     with pytest.raises(RuntimeError, match="a process of the check died"):
@@ -314,7 +314,7 @@ def test_percentiles_are_values_that_occur() -> None:
 
 def test_a_fault_of_a_reader_is_a_problem_of_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = mixed(tmp_path)
-    monkeypatch.setattr(type(data.template), "encode", lambda *_: 1 / 0)
+    monkeypatch.setattr(type(data.template), "encoding", lambda *_: 1 / 0)
     (problem,) = check_record(data, 4).problems
     assert str(problem) == "mix.jsonl:5 5: record: cannot be used: ZeroDivisionError: division by zero"
 
