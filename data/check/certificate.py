@@ -17,7 +17,6 @@ from data.text.chat_formats import FORMATS, with_system_text
 from data.text.messages import media_kinds
 from data.text.render import TemplateInputs, apply
 from data.text.rounds import TooLongError
-from data.text.steps import Steps, take_steps
 from data.text.template import Encoded, Template
 from model.errors import DataError
 
@@ -51,18 +50,18 @@ def encode_proven(template: Template, record: Record, max_length: int | None = N
     same layout is not proven again: only what this row's words can change, without rendering it or tokenising all of it once more.
     Raises `RecordError`; `UnprovenError` if the proof fails.
     """
-    return take_steps(proven_encoding(template, record, max_length, in_full=in_full))
+    encoded = template.encode(record) if max_length is None else template.encode(record, max_length)
+    prove(template, record, encoded, max_length, in_full=in_full)
+    return encoded
 
 
-def proven_encoding(template: Template, record: Record, max_length: int | None = None, *, in_full: bool = True) -> Steps[Encoded]:
-    """Encode and prove as `encode_proven` does, step by step."""
-    encoded = of = yield from template.encoding(record, max_length)
+def prove(template: Template, record: Record, encoded: Encoded, max_length: int | None, *, in_full: bool) -> None:
+    """Prove what the template encoded of a record within `max_length`, as `encode_proven` does. Raises `UnprovenError`."""
     if max_length is not None and len(encoded.round_ends) < encoded.num_rounds:
         record = template.fitting(record, max_length)
-        of = template.encode(record)
-    if problem := _problem(template, record, of, in_full):
+        encoded = template.encode(record)
+    if problem := _problem(template, record, encoded, in_full):
         raise UnprovenError(record.where, record.id, f"data.template {template.name!r} is not proven", problem)
-    return encoded
 
 
 def certify(

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from data.check.certificate import proven_encoding
+from data.check.certificate import encode_proven, prove
 from data.check.check_medium import CheckedMedium, MediumCheck, hash_key
 from data.dataset import MultimodalDataset
 from data.preference.sample import measure_answers, with_rejected
@@ -159,10 +159,11 @@ def _measured(dataset: MultimodalDataset, i: int, record: Record, metas: list[Me
     counts = [num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
     if dataset.answers != "one":
         for one in (record, *([with_rejected(record)] if record.rejected else [])):
-            yield from proven_encoding(template, one, in_full=in_full)
+            encode_proven(template, one, in_full=in_full)
         answers = dataset.encode_answers(i, record)
         return measure_answers(answers, template, record, counts, limit) if sized else None, answers.encoded.removed
-    encoded = yield from proven_encoding(template, record, limit, in_full=in_full)
+    encoded = yield from template.encoding(record, limit)
+    prove(template, record, encoded, limit, in_full=in_full)
     return measure_encoded(encoded, template.placeholder_ids, record, counts, limit) if sized else None, encoded.removed
 
 

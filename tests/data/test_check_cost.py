@@ -21,8 +21,6 @@ from data.media import image_decode
 from data.media.blob import Blob, MediaError, resolve_path
 from data.records.record import Record, RecordError, Turn
 from data.text import render, tokens
-from data.text.encoded import Encoded
-from data.text.steps import Steps
 from data.text.template import Template, load_template
 from tests.support.data.template_records import PAIRS, records
 from tests.support.data.template_records import talk as conversation
@@ -122,10 +120,10 @@ def test_wrong_rows_of_a_proven_layout_are_found(
     for k in range(3):
         encode_proven(template, conversation(2, answer=f"A cat {k}"), in_full=False)
     assert template.layouts.proven
-    plain = Template.encoding
+    plain = Template.encode
 
-    def tampered(self: Template, record: Record, max_length: int | None = None) -> Steps[Encoded]:
-        made = yield from plain(self, record, max_length)
+    def tampered(self: Template, record: Record, max_length: int | None = None) -> object:
+        made = plain(self, record, max_length)
         ids, flags = list(made.input_ids), list(made.supervised)
         start = len(flags) - flags[::-1].index(True)
         start = max(k for k in range(1, start) if flags[k] and not flags[k - 1])
@@ -143,7 +141,7 @@ def test_wrong_rows_of_a_proven_layout_are_found(
             flags[max(k for k, flag in enumerate(flags) if flag)] = False
         return dataclasses.replace(made, input_ids=ids, supervised=flags)
 
-    monkeypatch.setattr(Template, "encoding", tampered)
+    monkeypatch.setattr(Template, "encode", tampered)
     with pytest.raises(UnprovenError, match=message):
         encode_proven(template, conversation(2, answer="A dog"), in_full=False)
 

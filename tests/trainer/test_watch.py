@@ -123,7 +123,7 @@ def start_stuck(world: World, parts: Path, output_dir: Path, culprit: int, where
     """A run whose rank `culprit` hangs in what `where` names."""
     judge_module.LEAST_AT_START = 2 * hangs.STALL_SECONDS  # phases before it may take as long on a busy machine
     os.setsid()
-    holder, name = {"certify": (Template, "encoding"), "check": (MultimodalDataset, "record")}[where]
+    holder, name = {"certify": (Template, "encode"), "check": (MultimodalDataset, "record")}[where]
     if world.rank == culprit:
         setattr(holder, name, lambda *args, **options: time.sleep(hangs.FOREVER))
     sections = {"faults": {"stall_seconds": hangs.STALL_SECONDS}, "output_dir": str(output_dir)}
