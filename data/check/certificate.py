@@ -51,11 +51,11 @@ def encode_proven(template: Template, record: Record, max_length: int | None = N
     Raises `RecordError`; `UnprovenError` if the proof fails.
     """
     encoded = template.encode(record) if max_length is None else template.encode(record, max_length)
-    prove(template, record, encoded, max_length, in_full=in_full)
+    prove_encoded(template, record, encoded, max_length, in_full=in_full)
     return encoded
 
 
-def prove(template: Template, record: Record, encoded: Encoded, max_length: int | None, *, in_full: bool) -> None:
+def prove_encoded(template: Template, record: Record, encoded: Encoded, max_length: int | None, *, in_full: bool) -> None:
     """Prove what the template encoded of a record within `max_length`, as `encode_proven` does. Raises `UnprovenError`."""
     if max_length is not None and len(encoded.round_ends) < encoded.num_rounds:
         record = template.fitting(record, max_length)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from data.check.certificate import encode_proven, prove
+from data.check.certificate import encode_proven, prove_encoded
 from data.check.check_medium import CheckedMedium, MediumCheck, hash_key
 from data.dataset import MultimodalDataset
 from data.preference.sample import measure_answers, with_rejected
@@ -163,7 +163,7 @@ def _measured(dataset: MultimodalDataset, i: int, record: Record, metas: list[Me
         answers = dataset.encode_answers(i, record)
         return measure_answers(answers, template, record, counts, limit) if sized else None, answers.encoded.removed
     encoded = yield from template.encoding(record, limit)
-    prove(template, record, encoded, limit, in_full=in_full)
+    prove_encoded(template, record, encoded, limit, in_full=in_full)
     return measure_encoded(encoded, template.placeholder_ids, record, counts, limit) if sized else None, encoded.removed
 
 

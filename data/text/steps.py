@@ -10,7 +10,7 @@ Steps = Generator[None, None, Made]
 """Work that yields between its steps and returns what it made."""
 
 
-def take_steps(work: Steps[Made]) -> Made:
+def all_steps(work: Steps[Made]) -> Made:
     """Take all steps of one work; return what it made."""
     while True:
         try:

@@ -22,7 +22,7 @@ from data.text.parts_template import content_tokens, named_source, takes_parts, 
 from data.text.render import Renderer, RenderError, apply
 from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, shortened_turn
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
-from data.text.steps import Steps, take_steps
+from data.text.steps import Steps, all_steps
 from data.text.tokens import Tokens, supervise, tokenize
 from data.text.turn_ends import check_cut, closing_id, last_id
 from model.errors import ConfigError
@@ -67,7 +67,7 @@ class Template:
         `RecordError` if the template cannot express the record, nothing is learned, or an unknown token would be learned;
         `TooLongError` if not even the first round can fit.
         """
-        return take_steps(self.encoding(record, max_length))
+        return all_steps(self.encoding(record, max_length))
 
     def encoding(self, record: Record, max_length: int | None = None) -> Steps[Encoded]:
         """Encode as `encode` does, step by step."""
@@ -104,7 +104,7 @@ class Template:
     def answered(self, record: Record, like: Turn | None = None) -> Rendering:
         """Render the record with a short answer to its last turn. Raises `RecordError`."""
         record = replace(record, turns=(*record.turns, Turn("assistant", "x") if like is None else shortened_turn(like, self.tags)))
-        return take_steps(self._encode(record, self.messages(record), media_kinds(record))).rendering
+        return all_steps(self._encode(record, self.messages(record), media_kinds(record))).rendering
 
     def messages(self, record: Record) -> list[Message]:
         """Return the turns in the form that the template reads. Raises `RecordError` for what it does not write."""
