@@ -13,7 +13,6 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from PIL import Image
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from data.check.certificate import encode_proven
-from data.check.check_record import check_record
+from data.check.check_record import check_records
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, open_dataset
 from data.records.record import Record, parse
@@ -142,21 +141,17 @@ CHECKED = {"text, 1 question": (1, False), "text, 4 questions": (4, False), "a p
 """Records that are checked: their questions, and whether they have a picture."""
 
 
-def over_all(action: Callable[[int], object], count: int, _: int) -> None:
-    for i in range(count):
-        action(i)
-
-
 def check_row_line(name: str, template: Template, kind: str, rounds: int) -> str:
     """Return the line of the table about the check of one kind of records; each action runs over all of them, as a check does."""
     with tempfile.TemporaryDirectory() as temporary:
         dataset = checked_dataset(Path(temporary), template, *CHECKED[kind])
+        samples = range(len(dataset))
         actions: list[Callable[[int], object]] = [
-            lambda i: check_record(dataset, i),
-            lambda i: template.encode(dataset.record(i), MAX_LENGTH),
-            lambda i: one_call(template, dataset.record(i)),
+            lambda _: [*check_records(dataset, samples)],
+            lambda _: [template.encode(dataset.record(i), MAX_LENGTH) for i in samples],
+            lambda _: [one_call(template, dataset.record(i)) for i in samples],
         ]
-        times = [cpu_ms([partial(over_all, action, len(dataset))], 1, rounds)[0] / len(dataset) for action in actions]
+        times = [ms / len(dataset) for ms in cpu_ms(actions, 1, rounds)]
     return f"| {name} | {kind} | " + " | ".join(f"{ms:.2f}" for ms in times) + f" | {times[0] / times[2]:.2f} |"
 
 

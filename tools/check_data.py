@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from data.check.check_dataset import Depth, SourceFound, check_dataset, remove_stale
+from data.check.check_dataset import SourceFound, check_dataset, remove_stale
+from data.check.check_record import Depth
 from data.check.duplicates import find_duplicates
 from data.check.report import field_of, match_row, problem_rows, summarise_source, summary_lines
 from data.dataset import MultimodalDataset

@@ -50,13 +50,18 @@ def encode_proven(template: Template, record: Record, max_length: int | None = N
     same layout is not proven again: only what this row's words can change, without rendering it or tokenising all of it once more.
     Raises `RecordError`; `UnprovenError` if the proof fails.
     """
-    encoded = of = template.encode(record) if max_length is None else template.encode(record, max_length)
+    encoded = template.encode(record) if max_length is None else template.encode(record, max_length)
+    prove_encoded(template, record, encoded, max_length, in_full=in_full)
+    return encoded
+
+
+def prove_encoded(template: Template, record: Record, encoded: Encoded, max_length: int | None, *, in_full: bool) -> None:
+    """Prove what the template encoded of a record within `max_length`, as `encode_proven` does. Raises `UnprovenError`."""
     if max_length is not None and len(encoded.round_ends) < encoded.num_rounds:
         record = template.fitting(record, max_length)
-        of = template.encode(record)
-    if problem := _problem(template, record, of, in_full):
+        encoded = template.encode(record)
+    if problem := _problem(template, record, encoded, in_full):
         raise UnprovenError(record.where, record.id, f"data.template {template.name!r} is not proven", problem)
-    return encoded
 
 
 def certify(

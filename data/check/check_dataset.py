@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.check.check_record import check_record
+from data.check.check_record import SHALLOW, Depth, check_records
 from data.check.found import PART, Found, collect_results, is_current, join_parts, read_part, write_check_part
 from data.check.measured_lengths import Measurement, measurement_path, source_identities, write_measurement
 from data.dataset import MultimodalDataset
@@ -24,14 +24,6 @@ from data.index.sidecar import safe_name
 
 FOLDER = "check"
 _AT = b"at "
-
-
-@dataclass(frozen=True)
-class Depth:
-    """Depth of a check: what is examined beside records and headers."""
-
-    decode: bool = False  # decode every medium in full
-    near: bool = False  # compare what pictures look like
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ def check_dataset(
     dataset: MultimodalDataset,
     index_folder: Path,
     *,
-    depth: Depth = Depth(),
+    depth: Depth = SHALLOW,
     workers: int = 1,
     name: str = "check",
     on_progress: Callable[[str], object] = lambda at: None,
@@ -111,10 +103,13 @@ def check_part(
     known = read_part(part.path, decode=depth.decode, near=depth.near)
     if known is not None and is_current(known):
         return True
-    checked = []
-    for i in range(part.start, part.stop):
-        on_progress(dataset.where(i))
-        checked.append(check_record(dataset, i, decode=depth.decode, near=depth.near))
+
+    def told() -> Iterator[int]:
+        for i in range(part.start, part.stop):
+            on_progress(dataset.where(i))
+            yield i
+
+    checked = [*check_records(dataset, told(), depth, on_progress)]
     write_check_part(part.path, collect_results(checked), decode=depth.decode, near=depth.near)
     return False
 

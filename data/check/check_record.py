@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from data.check.certificate import encode_proven
+from data.check.certificate import encode_proven, prove_encoded
 from data.check.check_medium import CheckedMedium, MediumCheck, hash_key
 from data.dataset import MultimodalDataset
 from data.preference.sample import measure_answers, with_rejected
@@ -18,9 +19,12 @@ from data.records.placeholders import without_placeholders
 from data.records.record import Record, RecordError
 from data.sample import Measured, measure_encoded
 from data.text.rounds import TooLongError
+from data.text.steps import Steps, take_together
 from model.media_spec import MediaMeta, num_tokens
 
 BAD, TOO_LONG = "bad", "too_long"
+TOGETHER, TOGETHER_CHARACTERS = 64, 1 << 20
+"""Most samples that are checked together; and characters after which no further one is taken, because all are held in memory."""
 IN_FULL = 64
 """One record of so many is proven in full, whatever was proven of its layout."""
 _WORD = re.compile(r"\w+")
@@ -57,39 +61,85 @@ class Checked:
     problems: tuple[Problem, ...] = ()
     size: Measured | None = None  # None for a record without a length
     text: int = 0  # 64-bit hash, equal for equal conversations; 0 for a record that cannot be read
-    words: int = 0  # the same hash without regard to case, spaces, punctuation and placeholders
+    words: int = 0  # the same hash without regard to case, spaces, punctuation and placeholders; 0 if not asked for
     media: tuple[CheckedMedium, ...] = ()
     whole: int = 0  # tokens of all rounds, also of a record that is too long; 0 where they were not counted
     unlearned: int = 0  # answers that are read and not learned, because the record says so
     removed: int = 0  # answers that the template shortens: it leaves out the thoughts before the last question
 
 
-def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, near: bool = False, keys: bool = True) -> Checked:
-    """Check sample `i`: return all that is wrong with it, and what it holds. Never raises.
+@dataclass(frozen=True)
+class Depth:
+    """Depth of a check: what is examined beside records and headers."""
 
-    decode: media are decoded in full. near: pictures are decoded small, to be compared with others. keys: the record's texts get
-    keys, by which they are compared with others; for a long text the keys cost more than all the rest.
+    decode: bool = False  # decode every medium in full
+    near: bool = False  # compare what pictures look like, and words
+    keys: bool = True  # give records keys, by which equal ones are found
+
+
+SHALLOW = Depth()
+
+
+def check_record(dataset: MultimodalDataset, i: int, depth: Depth = SHALLOW) -> Checked:
+    """Check sample `i` alone, as `check_records` does."""
+    (found,) = check_records(dataset, (i,), depth)
+    return found
+
+
+def check_records(
+    dataset: MultimodalDataset, ids: Iterable[int], depth: Depth = SHALLOW, on_media: Callable[[str], object] = lambda at: None
+) -> Iterator[Checked]:
+    """Check the samples `ids`: yield, in their order, all that is wrong with each, and what it holds. Raises nothing of its own.
+
+    Up to TOGETHER of them are read, then take every step together, which takes a third less time. `on_media` is called with the
+    place of each record whose media are next.
     """
+    works: list[Steps[Checked]] = []
+    characters = 0
+    for i in ids:
+        read = _read(dataset, i)
+        works.append(_steps(dataset, i, read, depth, on_media))
+        if isinstance(read, Record):
+            characters += sum([len(turn.content) for turn in read.turns]) + sum([len(ref.path) for ref in read.media])
+        if len(works) == TOGETHER or characters > TOGETHER_CHARACTERS:
+            yield from take_together(works)
+            works, characters = [], 0
+    yield from take_together(works)
+
+
+def _read(dataset: MultimodalDataset, i: int) -> Record | Problem:
+    """Read the record of sample `i`, or find why it cannot be read."""
     try:
-        record = dataset.record(i, timed=False)
+        return dataset.record(i, timed=False)
     except Exception as error:
-        return Checked((_problem(dataset, i, error),))
+        return _problem(dataset, i, error)
+
+
+def _steps(
+    dataset: MultimodalDataset, i: int, record: Record | Problem, depth: Depth, on_media: Callable[[str], object]
+) -> Steps[Checked]:
+    """Check what was read of sample `i`, step by step. Raises nothing of its own."""
+    if isinstance(record, Problem):
+        return Checked((record,))
     media = dataset.media(i, record)
     problems: list[Problem] = []
     found: list[CheckedMedium] = []
     metas: list[MediaMeta] = []
+    if record.media:
+        on_media(record.where)
     for ref in record.media:
         medium = MediumCheck(dataset, i, media, ref)
         try:
-            medium.run(decode, near)
+            medium.run(depth.decode, depth.near)
         except Exception as error:
             problems.append(_problem(dataset, i, error))
         found.append(medium.found())
         metas += [] if medium.meta is None else [medium.meta]
+    yield
     size, whole, removed, is_too_long = None, 0, 0, False
     try:
         record = record if problems else media.timed()
-        size, removed = _measured(dataset, i, record, metas)
+        size, removed = yield from _measured(dataset, i, record, metas)
         whole = size.whole if size else 0
     except Exception as error:
         whole = getattr(error, "whole", 0)
@@ -97,11 +147,12 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
         is_too_long = isinstance(error, TooLongError)
     if not whole and (size or is_too_long) and len(metas) == len(record.media):
         whole = _whole_length(dataset, record, metas)
-    text_keys = (_text_key(record), _words_key(record)) if keys else (0, 0)
+    yield
+    text_keys = _text_key(record) if depth.keys else 0, _words_key(record) if depth.keys and depth.near else 0
     return Checked(tuple(problems), size, *text_keys, tuple(found), whole, unlearned=record.num_unlearned, removed=removed)
 
 
-def _measured(dataset: MultimodalDataset, i: int, record: Record, metas: list[MediaMeta]) -> tuple[Measured | None, int]:
+def _measured(dataset: MultimodalDataset, i: int, record: Record, metas: list[MediaMeta]) -> Steps[tuple[Measured | None, int]]:
     """Prove the record's ids and return its size, None without the sizes of all its media, and how many answers are shortened."""
     template, limit, in_full = dataset.template, dataset.config.max_length, i % IN_FULL == 0
     sized = len(metas) == len(record.media)
@@ -111,7 +162,8 @@ def _measured(dataset: MultimodalDataset, i: int, record: Record, metas: list[Me
             encode_proven(template, one, in_full=in_full)
         answers = dataset.encode_answers(i, record)
         return measure_answers(answers, template, record, counts, limit) if sized else None, answers.encoded.removed
-    encoded = encode_proven(template, record, limit, in_full=in_full)
+    encoded = yield from template.encoding(record, limit)
+    prove_encoded(template, record, encoded, limit, in_full=in_full)
     return measure_encoded(encoded, template.placeholder_ids, record, counts, limit) if sized else None, encoded.removed
 
 

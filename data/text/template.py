@@ -22,6 +22,7 @@ from data.text.parts_template import content_tokens, named_source, takes_parts, 
 from data.text.render import Renderer, RenderError, apply
 from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, shortened_turn
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
+from data.text.steps import Steps, all_steps
 from data.text.tokens import Tokens, supervise, tokenize
 from data.text.turn_ends import check_cut, closing_id, last_id
 from model.errors import ConfigError
@@ -66,24 +67,28 @@ class Template:
         `RecordError` if the template cannot express the record, nothing is learned, or an unknown token would be learned;
         `TooLongError` if not even the first round can fit.
         """
+        return all_steps(self.encoding(record, max_length))
+
+    def encoding(self, record: Record, max_length: int | None = None) -> Steps[Encoded]:
+        """Encode as `encode` does, step by step."""
         messages = self.messages(record)
         trimmed = first_rounds(record, self._kept(record, messages, max_length))
-        row = self._encode(trimmed, messages if trimmed is record else self.messages(trimmed), media_kinds(record))
+        row = yield from self._encode(trimmed, messages if trimmed is record else self.messages(trimmed), media_kinds(record))
         ends = round_ends(row)
         if trimmed is not record:
             if not row.rendering.first_round_apart:
-                raise self._too_long(
-                    record, f"its rounds, which go together in this template, take more than {max_length} tokens", max_length
-                )
+                reason = f"its rounds, which go together in this template, take more than {max_length} tokens"
+                raise self._too_long(record, reason, max_length)
             ends = ends[:-1]  # without the round that stands in for the dropped ones
         ids, supervised = row.tokens.ids[: ends[-1]], row.supervised[: ends[-1]]
+        if not any(supervised) and trimmed is not record:
+            raise self._too_long(record, "no round that fits has an answer to learn", max_length)
         if not any(supervised):
-            if trimmed is not record:
-                raise self._too_long(record, "no round that fits has an answer to learn", max_length)
-            raise self._error(record, "no token is supervised")
+            raise RecordError(record.where, record.id, "conversations", "no token is supervised")
         unknown = self.tokenizer.unk_token_id
         if unknown in ids and unknown not in self.stop_ids and any(s and i == unknown for i, s in zip(ids, supervised)):
-            raise self._error(record, f"an answer holds what the tokenizer only knows as {self.tokenizer.unk_token}")
+            reason = f"an answer holds what the tokenizer only knows as {self.tokenizer.unk_token}"
+            raise RecordError(record.where, record.id, "conversations", reason)
         num_rounds = len(ends) if trimmed is record else len(round_starts([turn.role for turn in record.turns]))
         return Encoded(ids, supervised, ends, num_rounds, row.rendering.removed, row.rendering)
 
@@ -99,7 +104,7 @@ class Template:
     def answered(self, record: Record, like: Turn | None = None) -> Rendering:
         """Render the record with a short answer to its last turn. Raises `RecordError`."""
         record = replace(record, turns=(*record.turns, Turn("assistant", "x") if like is None else shortened_turn(like, self.tags)))
-        return self._encode(record, self.messages(record), media_kinds(record)).rendering
+        return all_steps(self._encode(record, self.messages(record), media_kinds(record))).rendering
 
     def messages(self, record: Record) -> list[Message]:
         """Return the turns in the form that the template reads. Raises `RecordError` for what it does not write."""
@@ -112,25 +117,25 @@ class Template:
 
     def fitting(self, record: Record, max_length: int) -> Record:
         """Return the record without last rounds that are far too long. Raises `TooLongError` if the first one cannot fit."""
-        kept = self._kept(record, self.messages(record), max_length)
-        return first_rounds(record, kept, whole=False)
+        return first_rounds(record, self._kept(record, self.messages(record), max_length), whole=False)
 
     def _kept(self, record: Record, messages: list[Message], max_length: int | None) -> int | None:
         """Return how many rounds can fit; None for all. Raises `TooLongError` if none can."""
         if max_length is None:
             return None
-        kept = rounds_that_may_fit(self.tokenizer, messages, record.tools, self.abilities, self.tags, max_length)
-        if kept == 0:
+        if (kept := rounds_that_may_fit(self.tokenizer, messages, record.tools, self.abilities, self.tags, max_length)) == 0:
             raise self._too_long(record, f"the first round takes more than {max_length} tokens", max_length)
         return kept
 
-    def _encode(self, record: Record, messages: list[Message], kinds: tuple[str, ...]) -> Row:
+    def _encode(self, record: Record, messages: list[Message], kinds: tuple[str, ...]) -> Steps[Row]:
         """Render and tokenise the messages; answers whose start merges with the prompt lose white space or begin late."""
         late: set[int] = set()
         try:
             for _ in range(3):
                 rendering, tail = self._render(record, messages, kinds, late)
+                yield
                 tokens = self._tokenize(rendering.text, rendering.written)
+                yield
                 supervised, glued = supervise(rendering.spans, tokens, self.control_ids)
                 if not glued:
                     break
@@ -150,8 +155,7 @@ class Template:
 
     def _render(self, record: Record, messages: list[Message], kinds: tuple[str, ...], late: set[int]) -> tuple[Rendering, str]:
         """Return rendering and tail. An interrupted answer ends the text: no token says that it is over (VITA `end_tag`)."""
-        learn = [turn.learn for turn in record.turns]
-        found = self._renderer.render(messages, learn, kinds, record.tools, frozenset(late))
+        found = self._renderer.render(messages, [turn.learn for turn in record.turns], kinds, record.tools, frozenset(late))
         last = found.spans[-1]
         tail = found.text[last.end :]
         if record.interrupted and last.role == "assistant":
@@ -178,14 +182,10 @@ class Template:
         tokens = tokenize(self.tokenizer, text, written, len(self.lead))
         if not self.lead:
             return tokens
-        bos = self.tokenizer.convert_tokens_to_ids(self.lead)
-        return Tokens([bos, *tokens.ids], [(0, len(self.lead)), *tokens.offsets])
+        return Tokens([self.tokenizer.convert_tokens_to_ids(self.lead), *tokens.ids], [(0, len(self.lead)), *tokens.offsets])
 
     def _too_long(self, record: Record, reason: str, max_length: int | None) -> TooLongError:
         return TooLongError(record.where, record.id, "conversations", f"{reason}, data.max_length is {max_length}")
-
-    def _error(self, record: Record, reason: str) -> RecordError:
-        return RecordError(record.where, record.id, "conversations", reason)
 
 
 @dataclass(frozen=True)

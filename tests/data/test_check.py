@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import signal
 import tarfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +22,9 @@ from pyarrow import parquet
 from transformers import AddedToken
 
 from data.check import check_dataset as check_run
-from data.check.check_dataset import Depth, SourceFound, check_dataset, parts_of, remove_stale
-from data.check.check_record import TOO_LONG, check_record
+from data.check import check_record as check
+from data.check.check_dataset import SourceFound, check_dataset, parts_of, remove_stale
+from data.check.check_record import TOO_LONG, Depth, check_record, check_records
 from data.check.found import read_part
 from data.check.measured_lengths import source_identities
 from data.check.report import percentiles, summarise_source, summary_lines
@@ -75,6 +78,29 @@ def test_what_a_run_would_reject_is_found_and_nothing_else(corpus: Corpus) -> No
         assert (one.where, one.id, one.kind == TOO_LONG) == (item.where, item.id, item.too_long)
 
 
+@pytest.mark.parametrize(("together", "characters"), [(1, 1 << 20), (7, 1 << 20), (1 << 20, 100), (1 << 20, 1 << 30)])
+def test_records_are_found_together_as_each_by_itself(
+    corpus: Corpus, together: int, characters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cold() -> MultimodalDataset:
+        data = corpus.dataset
+        return MultimodalDataset(data.indexes, data.sources, dataclasses.replace(data.template), data.specs, data.config)
+
+    monkeypatch.setattr(check, "TOGETHER", together)
+    monkeypatch.setattr(check, "TOGETHER_CHARACTERS", characters)
+    alone = [check_record(cold(), i, Depth(near=True)) for i in range(len(corpus.dataset))]
+    assert [*check_records(cold(), range(len(corpus.dataset)), Depth(near=True))] == alone
+    assert sum(len(one.problems) for one in alone) >= 40 and not all(one.problems for one in alone)
+
+
+def test_few_large_records_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "TOGETHER_CHARACTERS", 50)
+    data = datasets(tmp_path, {"mix": [talk("Hi", "Hello " * size) for size in (1, 9, 1, 1, 9, 9)]})
+    taken: list[int] = []
+    found = check_records(data, (taken.append(i) or i for i in range(6)))
+    assert [(one.problems, len(taken)) for one in found] == [((), size) for size in (2, 2, 5, 5, 5, 6)]
+
+
 def test_headers_and_ends_tell_all_but_damage_in_the_middle(corpus: Corpus) -> None:
     unseen = [item.reason for i, item in corpus.bad.items() if not item.too_long and not check_record(corpus.dataset, i).problems]
     # Of a BMP no end is looked for, and frames of a folder are not opened.
@@ -114,11 +140,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sample ids that are really checked, in parts of 8 records."""
     seen: list[int] = []
 
-    def counted(dataset: MultimodalDataset, i: int, **options: Any) -> Any:
-        seen.append(i)
-        return check_record(dataset, i, **options)
+    def counted(dataset: MultimodalDataset, ids: Iterable[int], *options: Any) -> Any:
+        def told() -> Iterator[int]:
+            for i in ids:
+                seen.append(i)
+                yield i
 
-    monkeypatch.setattr(check_run, "check_record", counted)
+        return check_records(dataset, told(), *options)
+
+    monkeypatch.setattr(check_run, "check_records", counted)
     monkeypatch.setattr(check_run, "PART", 8)
     return seen
 
@@ -144,18 +174,19 @@ def test_a_summary_counts_every_kind(tmp_path: Path, calls: list[int]) -> None:
 def test_a_check_that_was_killed_goes_on(tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     data = mixed(tmp_path)
     whole = outcome(check_dataset(data, tmp_path / "whole"))
-    counted = check_run.check_record
+    counted = check_run.check_records
 
-    def deadly(dataset: MultimodalDataset, i: int, **options: Any) -> Any:
-        if i == 20:
-            raise KeyboardInterrupt
-        return counted(dataset, i, **options)
+    def deadly(dataset: MultimodalDataset, ids: Iterable[int], *options: Any) -> Any:
+        for i in ids:
+            if i == 20:
+                raise KeyboardInterrupt
+            yield from counted(dataset, [i], *options)
 
-    monkeypatch.setattr(check_run, "check_record", deadly)
+    monkeypatch.setattr(check_run, "check_records", deadly)
     with pytest.raises(KeyboardInterrupt):
         check_dataset(data, tmp_path / "index")
     calls.clear()
-    monkeypatch.setattr(check_run, "check_record", counted)
+    monkeypatch.setattr(check_run, "check_records", counted)
     found = check_dataset(data, tmp_path / "index")
     assert calls == list(range(16, 40)) and found[0].num_cached == 2
     assert outcome(found) == whole
@@ -168,14 +199,15 @@ def test_processes_find_the_same_and_one_that_dies_is_told(
     alone = outcome(check_dataset(data, tmp_path / "alone"))
     assert outcome(check_dataset(data, tmp_path / "two", workers=2)) == alone
     assert len(calls) == 40  # the processes counted for themselves
-    counted, own = check_run.check_record, os.getpid()
+    counted, own = check_run.check_records, os.getpid()
 
-    def deadly(dataset: MultimodalDataset, i: int, **options: Any) -> Any:
-        if i == 35 and os.getpid() != own:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return counted(dataset, i, **options)
+    def deadly(dataset: MultimodalDataset, ids: Iterable[int], *options: Any) -> Any:
+        for i in ids:
+            if i == 35 and os.getpid() != own:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield from counted(dataset, [i], *options)
 
-    monkeypatch.setattr(check_run, "check_record", deadly)
+    monkeypatch.setattr(check_run, "check_records", deadly)
     with pytest.raises(RuntimeError, match="a process of the check died"):
         check_dataset(data, tmp_path / "index", workers=2)
     assert outcome(check_dataset(data, tmp_path / "index")) == alone
@@ -282,7 +314,7 @@ def test_percentiles_are_values_that_occur() -> None:
 
 def test_a_fault_of_a_reader_is_a_problem_of_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = mixed(tmp_path)
-    monkeypatch.setattr(type(data.template), "encode", lambda *_: 1 / 0)
+    monkeypatch.setattr(type(data.template), "encoding", lambda *_: 1 / 0)
     (problem,) = check_record(data, 4).problems
     assert str(problem) == "mix.jsonl:5 5: record: cannot be used: ZeroDivisionError: division by zero"
 

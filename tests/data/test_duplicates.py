@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.check.check_dataset import Depth, check_dataset
+from data.check.check_dataset import check_dataset
+from data.check.check_record import Depth
 from data.check.duplicates import MAX_DISTANCE, Match, close_pairs, find_duplicates, fold_media_keys
 from data.check.found import Found
 from tests.support.tiny_data import datasets, talk

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.check.check_record import check_record
+from data.check.check_record import Depth, check_record
 from data.config import DataConfig, SourceConfig
 from data.dataset import Rejected, open_dataset
 from data.sample import Sample
@@ -86,9 +86,9 @@ def test_every_kind_of_bad_clip_is_named_and_the_clips_between_them_are_read(tmp
         item = dataset[2 * place + 1]
         assert isinstance(item, Rejected) and item.where == f"clips.jsonl:{2 * place + 2}", name
         assert item.reason.startswith("audio: ") and words in item.reason, (name, item.reason)
-        checked = check_record(dataset, 2 * place + 1, decode=True)
+        checked = check_record(dataset, 2 * place + 1, Depth(decode=True))
         assert [f"{problem.field}: {problem.reason}" for problem in checked.problems] == [item.reason]
-        assert not check_record(dataset, 2 * place, decode=True).problems
+        assert not check_record(dataset, 2 * place, Depth(decode=True)).problems
 
 
 def good(item: Sample | Rejected) -> Sample:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.check.check_record import TOO_LONG, Checked, Problem, check_record
+from data.check.check_record import TOO_LONG, Checked, Depth, Problem, check_record
 from data.check.measured_lengths import read_measurements
 from data.dataset import MultimodalDataset
 from data.order.mixing import Pool
@@ -155,7 +155,7 @@ def run_checks(
     queue += [(check, i, is_drawn) for _, check, i, is_drawn in sorted(drawn, key=lambda item: item[0])]
     for num, (check, i, is_drawn) in enumerate(queue, 1):
         on_progress(check.dataset.where(i))
-        check.add(check_record(check.dataset, i, keys=False), is_drawn)
+        check.add(check_record(check.dataset, i, Depth(keys=False)), is_drawn)
         if time.monotonic() > end:
             return
         if num >= ENOUGH and is_awaited() and all(other.num_checked or not len(other.pool.ids) for other in checks):
