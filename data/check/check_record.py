@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data.check.certificate import encode_proven, prove_encoded
 from data.check.check_medium import CheckedMedium, MediumCheck, hash_key
@@ -121,25 +121,15 @@ def _steps(
     """Check what was read of sample `i`, step by step. Raises nothing of its own."""
     if isinstance(record, Problem):
         return Checked((record,))
-    media = dataset.media(i, record)
-    problems: list[Problem] = []
-    found: list[CheckedMedium] = []
-    metas: list[MediaMeta] = []
     if record.media:
         on_media(record.where)
-    for ref in record.media:
-        medium = MediumCheck(dataset, i, media, ref)
-        try:
-            medium.run(depth.decode, depth.near)
-        except Exception as error:
-            problems.append(_problem(dataset, i, error))
-        found.append(medium.found())
-        metas += [] if medium.meta is None else [medium.meta]
+    seen = _check_media(dataset, i, record, depth)
+    record, metas, problems = seen.record, seen.metas, seen.problems
     yield
     size, whole, removed, is_too_long = None, 0, 0, False
     try:
-        record = record if problems else media.timed()
-        size, removed = yield from _measured(dataset, i, record, metas)
+        if not seen.is_untimed:
+            size, removed = yield from _measured(dataset, i, record, metas)
         whole = size.whole if size else 0
     except Exception as error:
         whole = getattr(error, "whole", 0)
@@ -149,7 +139,38 @@ def _steps(
         whole = _whole_length(dataset, record, metas)
     yield
     text_keys = _text_key(record) if depth.keys else 0, _words_key(record) if depth.keys and depth.near else 0
-    return Checked(tuple(problems), size, *text_keys, tuple(found), whole, unlearned=record.num_unlearned, removed=removed)
+    return Checked(tuple(problems), size, *text_keys, tuple(seen.found), whole, unlearned=record.num_unlearned, removed=removed)
+
+
+@dataclass(frozen=True)
+class _MediaSeen:
+    """What was seen of a record's media, without their bytes: 64 records are held at a time."""
+
+    record: Record  # with the times of its frames, where texts tell them
+    found: list[CheckedMedium]
+    metas: list[MediaMeta]
+    problems: list[Problem]
+    is_untimed: bool = False  # times are told, and could not be read
+
+
+def _check_media(dataset: MultimodalDataset, i: int, record: Record, depth: Depth) -> _MediaSeen:
+    """Check all media of a record."""
+    media = dataset.media(i, record)
+    seen = _MediaSeen(record, [], [], [])
+    for ref in record.media:
+        medium = MediumCheck(dataset, i, media, ref)
+        try:
+            medium.run(depth.decode, depth.near)
+        except Exception as error:
+            seen.problems.append(_problem(dataset, i, error))
+        seen.found.append(medium.found())
+        seen.metas.extend([] if medium.meta is None else [medium.meta])
+    if seen.problems:
+        return seen
+    try:
+        return replace(seen, record=media.timed())
+    except Exception as error:
+        return replace(seen, problems=[_problem(dataset, i, error)], is_untimed=True)
 
 
 def _measured(dataset: MultimodalDataset, i: int, record: Record, metas: list[MediaMeta]) -> Steps[tuple[Measured | None, int]]:

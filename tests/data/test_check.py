@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import tarfile
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ from data.check.measured_lengths import source_identities
 from data.check.report import percentiles, summarise_source, summary_lines
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Rejected, open_dataset
+from data.media.record_media import RecordMedia
+from data.records.record import Record
 from data.sample import Sample
 from data.text.template import load_template
 from model.media_spec import AudioSpec
@@ -99,6 +102,24 @@ def test_few_large_records_are_held_at_a_time(tmp_path: Path, monkeypatch: pytes
     taken: list[int] = []
     found = check_records(data, (taken.append(i) or i for i in range(6)))
     assert [(one.problems, len(taken)) for one in found] == [((), size) for size in (2, 2, 5, 5, 5, 6)]
+
+
+def test_media_of_records_that_wait_are_not_held(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their bytes may be in memory, as those of a parquet file are: 64 records of videos would be many."""
+    made: list[weakref.ref[RecordMedia]] = []
+    plain = MultimodalDataset.media
+
+    def media(self: MultimodalDataset, i: int, record: Record) -> RecordMedia:
+        found = plain(self, i, record)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(MultimodalDataset, "media", media)
+    held: list[int] = []
+    found = check_records(
+        corpus.dataset, range(len(corpus.dataset)), on_media=lambda _: held.append(sum(one() is not None for one in made))
+    )
+    assert len([*found]) == len(corpus.dataset) and len(made) > 100 and max(held) == 0
 
 
 def test_headers_and_ends_tell_all_but_damage_in_the_middle(corpus: Corpus) -> None:
