@@ -144,7 +144,7 @@ def _steps(
 
 @dataclass(frozen=True)
 class _MediaSeen:
-    """What was seen of a record's media, without their bytes: 64 records are held at a time."""
+    """Results of the check of a record's media, without their bytes: 64 records are held at a time."""
 
     record: Record  # with the times of its frames, where texts tell them
     found: list[CheckedMedium]
