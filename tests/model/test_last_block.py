@@ -28,6 +28,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import FAMILIES, SIZES, save_llm
 from tests.support.trainable import ALONE
 from trainer.config import ParallelConfig
+from trainer.distributed import compiled_blocks
 from trainer.distributed.blocks import prepare_blocks
 from trainer.distributed.parallelize import replicate
 from trainer.distributed.shards import shard
@@ -220,3 +221,29 @@ def test_two_ranks_that_share_weights(folders: Path) -> None:
     for rank in run_ranks(sharded_steps, 2, folders / "qwen2", True):
         for found, wanted in zip(rank, expected, strict=True):
             assert distance(found, wanted) < 2e-6
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_compiled_blocks_hold_for_any_number_of_rows(folders: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    """None, one and several rows are graphs of their own, as are one sample and several: a second pass needs no more."""
+    monkeypatch.setattr(compiled_blocks, "compile_graph", compiled_blocks.partition_graph)
+    torch._dynamo.reset()
+    parallel = ParallelConfig(compile=True, activation_checkpointing=kind)
+    model = build(folders / "llama", "lora", parallel)
+    whole = build(folders / "llama", "lora", selects=False)
+    compiler = vars(blocks(model.llm.get_decoder())[-1])["forward"]
+    compiler = getattr(compiler, "args", [compiler])[0].compiler
+    batches = [
+        batch_of("packed"),
+        batch_of("packed", step=0),
+        batch_of("packed", 2, 3, 4),
+        batch_of("packed", 1),
+        batch_of("padded"),
+    ]
+    assert {0, 1} < {batch.num_supervised for batch in batches}
+    counts = []
+    for batch in batches * 2:
+        assert distance(step(model, batch), step(whole, batch)) < 1e-6
+        counts.append(compiler.num_graphs)
+    assert counts[len(batches) - 1] == counts[-1] <= 7, counts
