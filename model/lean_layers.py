@@ -229,5 +229,6 @@ def probe_numbers(*shape: int) -> Tensor:
 
 
 def with_forward(kind: type[nn.Module], forward: Callable[..., object]) -> type[nn.Module]:
+    """Make a class of modules that is `kind` but for its forward, under the same name."""
     names = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), names)
