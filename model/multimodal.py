@@ -80,20 +80,21 @@ class MultimodalLM(nn.Module):
             return {**found, **{name: source.term(hidden, batch) for name, source in self.other_terms.items()}}
         # Other terms read other rows.
         rows = batch.supervised if self.selects_rows and not self.other_terms else None
-        hidden = self.decode_embeds(self.embed(batch), batch, rows)
+        hidden = self.decode(batch, rows)
         weight = head_weight(self.llm).to(self.dtype)
         new = new_head_rows(self.llm, self.dtype)
         text = text_term(hidden, weight, batch.labels, batch.supervised, HeadOptions(change=self.llm.logit_change, new=new))
         return {"text": text, **{name: source.term(hidden, batch) for name, source in self.other_terms.items()}}
 
-    def decode(self, batch: Batch) -> Tensor:
-        """Compute the decoder's last hidden state (B, T, D)."""
-        return self.decode_embeds(self.embed(batch), batch)
+    def decode(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """Compute the decoder's last hidden state (B, T, D); given flat positions `rows` (S,), of these alone (1, S, D).
+
+        Those who ask for `rows` may be given all, where the last block is none that can choose (`selects_rows`).
+        """
+        return self.decode_embeds(self.embed(batch), batch, rows)
 
     def decode_embeds(self, embeds: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
-        """Compute the decoder's last hidden state (B, T, D) from embeddings (B, T, D); given flat positions `rows` (S,), of these
-        alone (1, S, D).
-        """
+        """Compute what `decode` does from embeddings (B, T, D)."""
         decoder = self.llm.get_decoder()
         options = decoder_options(self.llm, batch)
         if rows is not None:

@@ -190,7 +190,7 @@ def test_a_start_proves_isolation(folders: Path, kind: str) -> None:
 def test_a_start_refuses_models_that_mix_or_lose_segments(folders: Path) -> None:
     model: Any = build(folders / "qwen2")
     decoder = model.llm.get_decoder()
-    layer = decoder.layers[1]
+    layer = decoder.layers[0]
     plain = layer.forward
     layer.forward = lambda hidden, **kwargs: plain(hidden, **kwargs) + F.pad(hidden, (0, 0, 1, 0))[:, :-1]  # a convolution
     with pytest.raises(ConfigError, match="packed samples of Qwen2ForCausalLM see each other"):
