@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.llm.cpu_kernel import attend_backward, attend_with_sums, takes_cpu_kernel
 from model.llm.scores import CappedScores, band, capped
 
 Segment = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -54,7 +55,8 @@ def _one_segment(options: SegmentOptions) -> Segment:
 def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, options: SegmentOptions) -> Tensor:
     """Compute causal attention within segments: query (1, H, T, D), key and value (1, Hkv, T, D) -> (1, T, H, D).
 
-    `lengths` (segments,): int64 on the CPU, so that no device is waited for. Backward computes the attention again.
+    `lengths` (segments,): int64 on the CPU, so that no device is waited for. Backward computes the attention again where no kernel
+    returns what it needs.
     """
     found: Tensor = _Attend.apply(query, key, value, lengths, options.scale, options.window, options.softcap)
     return found
@@ -63,9 +65,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, options: 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: float) -> Tensor:
-        ctx.save_for_backward(query, key, value, lengths)
+        found: Tensor
+        found, sums = torch.ops.multimodal_attention.packed(query, key, value, lengths, *how)
+        ctx.save_for_backward(query, key, value, lengths, found, sums)
         ctx.how = how
-        found: Tensor = torch.ops.multimodal_attention.packed(query, key, value, lengths, *how)
         return found
 
     @staticmethod
@@ -76,36 +79,55 @@ class _Attend(torch.autograd.Function):
 
 _OPERATORS = torch.library.Library("multimodal_attention", "DEF")
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor lengths, float scale, int window, float softcap"
-_OPERATORS.define(f"packed({_INPUTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_OPERATORS.define(f"packed_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_OF_BACKWARD = _INPUTS.replace("lengths,", "lengths, Tensor found, Tensor sums,")
+_OPERATORS.define(f"packed({_INPUTS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_OPERATORS.define(f"packed_backward(Tensor grad, {_OF_BACKWARD}) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _num_sums(query: Tensor, value: Tensor, how: tuple[float, ...]) -> int:
+    """Return how many sums per head the operator returns for its backward: one of each token, or none."""
+    options = options_of(how)
+    return query.shape[2] if not options.window and not options.softcap and takes_cpu_kernel(query, value) else 0
 
 
 @torch.library.impl(_OPERATORS, "packed", "CompositeExplicitAutograd")
-def _packed(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: float) -> Tensor:
+def _packed(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: float) -> tuple[Tensor, Tensor]:
     """Raises ValueError if the lengths do not add up: the model would attend across samples."""
     sizes = lengths.tolist()
     if sum(sizes) != query.shape[2]:
         raise ValueError(f"segment lengths {sizes} do not describe a query of shape {tuple(query.shape)}")
-    one = _one_segment(options_of(how))
     parts = zip(*(tensor.split(sizes, 2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([one(q, k, v) for q, k, v in parts], 1)
+    if _num_sums(query, value, how):
+        found, sums = zip(*(attend_with_sums(q, k, v, True, how[0]) for q, k, v in parts), strict=True)
+        return torch.cat(found, 1), torch.cat(sums, 2)
+    one = _one_segment(options_of(how))
+    return torch.cat([one(q, k, v) for q, k, v in parts], 1), query.new_empty(*query.shape[:2], 0, dtype=torch.float32)
 
 
 @torch.library.impl(_OPERATORS, "packed_backward", "CompositeExplicitAutograd")
-def _packed_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: float) -> tuple[Tensor, ...]:
+def _packed_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, found: Tensor, sums: Tensor, *how: float
+) -> tuple[Tensor, ...]:
     sizes, one = lengths.tolist(), _one_segment(options_of(how))
+    inputs = zip(*(tensor.split(sizes, 2) for tensor in (query, key, value)), strict=True)
     pieces: list[tuple[Tensor, ...]] = []
+    if sums.shape[2]:
+        results = (grad.split(sizes, 1), found.split(sizes, 1), sums.split(sizes, 2))
+        for part, of_result, result, sums_of in zip(inputs, *results, strict=True):
+            pieces.append(attend_backward(of_result, part, result, sums_of, True, how[0]))
+        return tuple(torch.cat(list(of_input), 2) for of_input in zip(*pieces, strict=True))
     # The dispatcher has left automatic differentiation when it calls an operator.
     with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
-        for part in zip(*(t.split(sizes, 2) for t in (query, key, value)), grad.split(sizes, 1), strict=True):
-            inputs = [tensor.detach().requires_grad_() for tensor in part[:3]]
-            pieces.append(torch.autograd.grad(one(*inputs), inputs, part[3]))
-    return tuple(torch.cat(list(found), 2) for found in zip(*pieces, strict=True))
+        for part, of_result in zip(inputs, grad.split(sizes, 1), strict=True):
+            leaves = [tensor.detach().requires_grad_() for tensor in part]
+            pieces.append(torch.autograd.grad(one(*leaves), leaves, of_result))
+    return tuple(torch.cat(list(of_input), 2) for of_input in zip(*pieces, strict=True))
 
 
 @torch.library.register_fake("multimodal_attention::packed", lib=_OPERATORS)
-def _fake_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: float) -> Tensor:
-    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+def _fake_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: float) -> tuple[Tensor, Tensor]:
+    found = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+    return found, query.new_empty(*query.shape[:2], _num_sums(query, value, how), dtype=torch.float32)
 
 
 @torch.library.register_fake("multimodal_attention::packed_backward", lib=_OPERATORS)

@@ -19,12 +19,13 @@ class Contender:
 
     kind: str  # ours | bare | trainer | trl
     order: str
-    run: str = ""  # ours: packed | padded | in_order
+    run: str = ""  # ours: packed | compiled | padded | in_order
     accumulate: int = 1  # micro-batches per step; ours chooses its own
 
 
 CONTENDERS = {
     "ours, packed": Contender("ours", RANDOM, run="packed"),
+    "ours, compiled": Contender("ours", RANDOM, run="compiled"),
     "ours, padded": Contender("ours", GROUPED, run="padded"),
     "ours, in order": Contender("ours", RANDOM, run="in_order"),
     "bare loop": Contender("bare", RANDOM),

@@ -99,7 +99,7 @@ def run_tables(folder: Path, name: str, size: Size, steps: int, changes: Json) -
         "batch": {"global_batch_size": size.batch, "micro_batch_size": size.micro_batch},
         "optim": {"lr": LR, "clip_norm": CLIP_NORM, "schedule": "constant", "warmup_steps": 0},
         "train": {"max_steps": steps},
-        "parallel": {"strategy": "ddp"},
+        "parallel": {"strategy": "ddp", "compile": bool(changes.get("compile"))},
         "checkpoint": {"every": 10**6},
     }
     if changes.get("packing"):

@@ -50,7 +50,8 @@ def prepare(folder: Path, size_name: str, steps: int, dtype: str, family: str = 
     for contender in CONTENDERS.values():
         if name := contender.run:
             (folder / f"{name}.json").write_text((folder / f"{contender.order}.json").read_text(encoding="utf-8"), encoding="utf-8")
-            write_run(folder, name, size, steps, {"packing": name == "packed", "dtype": dtype})
+            changes = {"packing": name in ("packed", "compiled"), "compile": name == "compiled", "dtype": dtype}
+            write_run(folder, name, size, steps, changes)
     return shares
 
 

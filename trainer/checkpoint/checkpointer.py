@@ -29,7 +29,7 @@ from trainer.checkpoint.retention import PREFIX, STATE, prune
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import SAVING, TRIAL, make_folder, put_in_place, remove_folder, replace_text, sync_run
 from trainer.machine.disk_space import SpaceNeeded, describe_shortage, format_bytes, warn_if_next_save_will_not_fit, written_bytes
-from trainer.machine.memory_info import available_bytes
+from trainer.machine.memory_info import available_bytes, usage
 from trainer.optim import Trained
 from trainer.optim_state import STEP
 from trainer.state import CheckpointState
@@ -50,7 +50,7 @@ class Checkpointer:
         self.num_chunks = self.num_reported = 0  # chunks written by this rank, and those reported to `on_progress`
 
     def prepare(self, trained: Trained, card: ModelCard, processor: Processor) -> None:
-        """Allocate the memory of all saves, moments to come included, and build the files that are the same in all of them.
+        """Reserve the memory of all saves, moments to come included, and build the files that are the same in all of them.
 
         Collective; the first save does it if nobody has. Raises SaveError on every rank when the folder cannot be written.
         """
@@ -91,11 +91,28 @@ class Checkpointer:
             self.prepare(trained, card, processor)
         tensors = _tensors(trained, self.world)
         note = CheckpointMeta(step, json.loads(dump_json(state)), [*trained.parameters], _steps(trained), before or {})
-        work = partial(self._write, note, self.staging.take(tensors) if self.staging else tensors)
+        staging = self._usable_staging()
+        work = partial(self._write, note, staging.take(tensors) if staging else tensors)
         self.task = Task(work, f"{PREFIX}{step}")
-        if self.staging is None:
+        if staging is None:
             self.wait()
         return self.folder / f"{PREFIX}{step}"
+
+    def _usable_staging(self) -> Staging | None:
+        """Return the memory of the next save; None where training waits for it, on all ranks alike.
+
+        Collective where the memory is taken for each save: what was free at the start may have gone since.
+        """
+        if self.staging is None or self.staging.is_held:
+            return self.staging
+        used = usage(torch.device("cpu"))
+        # What this process held at its peak comes back in the next step, while the copy is written.
+        free = max(0, available_bytes() - (used.peak - used.now))
+        answers = self.world.gather_json([platform.node(), self.staging.buffer.numel(), free])
+        short = short_of_memory([(host, need, left) for host, need, left in answers])
+        if short and self.world.is_main:
+            tqdm.write(f"save      training waits while this checkpoint is written: {short}")
+        return None if short else self.staging
 
     def check(self) -> None:
         """Raise SaveError or ProofError if the save under way has failed. Called after every step: no collective, no waiting."""
@@ -153,7 +170,11 @@ class Checkpointer:
                 yield chunk
                 self.num_chunks += 1
 
-        return write_planned(temporary, self.world.rank, self.world.size, plan, counted)
+        try:
+            return write_planned(temporary, self.world.rank, self.world.size, plan, counted)
+        finally:
+            if self.staging is not None:
+                self.staging.release()
 
     def _finish(self, temporary: Path, note: CheckpointMeta, facts: list[Facts]) -> None:
         """Complete the checkpoint on rank 0, when every shard is on disk: other files, manifest, final name, then pruning."""

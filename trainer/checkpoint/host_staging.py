@@ -34,9 +34,10 @@ class Run:
 
 
 class Staging:
-    """The host memory, allocated and touched once: page-locked for a CUDA device, never copied into forked data workers.
+    """The host memory, never copied into forked data workers. It holds what `take` copied last, until `release`.
 
-    It holds what `take` copied last. Raises MemoryError when the host has too little memory.
+    For a CUDA device it is page-locked and held for the whole run, because locking takes long. Beside weights that are in the
+    host's memory themselves it is taken for each save and given back after it. Raises MemoryError when the host has too little.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
@@ -51,10 +52,11 @@ class Staging:
                 memory.madvise(getattr(mmap, name))
         self.names: list[str] | None = None
         self.plan, self.runs = ShardPlan(b"", [], {}), list[Run]()
-        self.buffer = torch.frombuffer(memory, dtype=torch.uint8)
-        self.buffer.fill_(0)  # the first touch of a page costs more than the copy into it
-        self.event = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
-        if device.type == "cuda":
+        self.memory, self.buffer = memory, torch.frombuffer(memory, dtype=torch.uint8)
+        self.is_held = device.type == "cuda"
+        self.event = torch.cuda.Event(blocking=True) if self.is_held else None
+        if self.is_held:
+            self.buffer.fill_(0)  # the first touch of a page costs more than the copy into it
             _page_lock(self)
 
     def take(self, tensors: dict[str, Tensor]) -> ShardPlan:
@@ -86,6 +88,12 @@ class Staging:
         """Wait until the copies are complete. Called by the thread that reads them. Host sync."""
         if self.event is not None:
             self.event.synchronize()
+
+    def release(self) -> None:
+        """Give the memory back to the system, which fills it anew at the next `take`, unless it is held."""
+        if not self.is_held:
+            with suppress(OSError, AttributeError):
+                self.memory.madvise(mmap.MADV_DONTNEED)
 
     def chunks(self) -> Iterator[tuple[torch.dtype, memoryview]]:
         """Yield the copied bytes in pieces, with their dtype, in the order of the shard file."""

@@ -148,8 +148,49 @@ def test_the_memory_is_there_before_the_moments_are_and_no_worker_copies_it(tmp_
     assert flags is None or "dc" in flags  # not copied into forked processes
 
 
+def test_the_memory_is_taken_for_a_save_and_given_back_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, checkpointer, gate = many(ALONE, "many"), checkpointer_of(ALONE, tmp_path), Gate(monkeypatch)
+    checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
+    assert checkpointer.staging
+    buffer, values = checkpointer.staging.buffer, trained.optimizer.state
+    resident = [mapping_line(buffer.data_ptr(), "Rss:")]
+    for step in (1, 2):
+        save(checkpointer, step, trained)
+        resident.append(mapping_line(buffer.data_ptr(), "Rss:"))
+        gate.opened.set()
+        checkpointer.wait()
+        resident.append(mapping_line(buffer.data_ptr(), "Rss:"))
+        gate.opened.clear()
+    verify(tmp_path / "checkpoint-2")  # what was given back was filled again
+    assert values and not buffer.any()
+    if None not in resident:
+        kib = [int((line or ["0"])[0]) for line in resident]
+        assert kib[0] == kib[2] == kib[4] == 0 and min(kib[1], kib[3]) >= buffer.numel() >> 10
+
+
+def test_training_waits_for_a_save_that_the_memory_has_become_too_small_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained, checkpointer = many(ALONE, "many"), checkpointer_of(ALONE, tmp_path)
+    for step, free in enumerate((1 << 40, 1000, 1 << 40)):
+        monkeypatch.setattr(module, "available_bytes", lambda free=free: free)
+        save(checkpointer, step, trained)
+        assert (checkpointer.task is None) == (free == 1000)
+        checkpointer.wait()
+        verify(tmp_path / f"checkpoint-{step}")
+        said = capsys.readouterr()
+        assert ("training waits while this checkpoint is written" in said.out + said.err) == (free == 1000)
+    files = [sorted((tmp_path / f"checkpoint-{step}").glob("*.safetensors")) for step in (0, 1)]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
+
+
 def mapping_flags(address: int) -> list[str] | None:
-    """What the system knows of the memory at an address; None where it does not tell."""
+    """The flags of the memory at an address; None where the system does not tell."""
+    return mapping_line(address, "VmFlags:")
+
+
+def mapping_line(address: int, name: str) -> list[str] | None:
+    """What the system tells under a name of the memory at an address; None where it does not."""
     try:
         lines = Path("/proc/self/smaps").read_text().splitlines()
     except OSError:
@@ -160,7 +201,7 @@ def mapping_flags(address: int) -> list[str] | None:
         if "-" in head and not head.endswith(":"):
             first, last = (int(part, 16) for part in head.split("-"))
             inside = first <= address < last
-        elif inside and head == "VmFlags:":
+        elif inside and head == name:
             return line.split()[1:]
     return None
 
