@@ -75,6 +75,9 @@ def savers(trained: Trained, world: World, folder: Path) -> dict[str, Callable[[
     checkpointer.prepare(trained, CARD, NoProcessor())  # type: ignore[arg-type]
 
     def ours(i: int) -> Timed:
+        checkpointer.expect()  # as the loop does before the step that a save follows
+        if checkpointer.staging and checkpointer.staging.warming:
+            checkpointer.staging.warming.join()
         return time_action(
             lambda: checkpointer.save(i + 1, trained, {}, CARD, NoProcessor()),  # type: ignore[arg-type]
             lambda _: checkpointer.wait(),
@@ -152,6 +155,8 @@ def slow_down(world: World, folder: Path, steps: int, every: int, rounds: int) -
             trained.optimizer.zero_grad()
             checkpointer.check()
             total += 1
+            if saving and (total + 1) % every == 0:
+                checkpointer.expect()
             if saving and total % every == 0:
                 checkpointer.save(total, trained, {}, CARD, NoProcessor())  # type: ignore[arg-type]
         result = time.perf_counter() - wall, time.thread_time() - cpu

@@ -101,6 +101,8 @@ class Loop:
         batches = [micro_batch.batch.to(world.device) for micro_batch in micro_batches]
         extra = [*self.requests.announce(), self.health.shared_loss()]
         options = StepOptions(config.seed, step, config.optim.clip_norm, extra, self.tracker.mark, self.trained.loss_scale)
+        if self._save_is_due(step + 1):
+            self.checkpointer.expect()
         result = train_step(self.prepared.wrapped, self.trained.optimizer, batches, world, options)
         self._observe(self.deferred.swap(scalars_to_read(result)))
         self.checkpointer.check()
@@ -123,7 +125,7 @@ class Loop:
     def _finish_step(self, done: int, screen: Screen) -> None:
         """Log, validate, save and stop where `done` completed steps or a request make it due, in this order on every rank."""
         config, last = self.prepared.config, done == self.prepared.total_steps
-        should_save = self.requests.consume(SAVE) or STOP in self.requests.agreed or last or done % config.checkpoint.every == 0
+        should_save = self.requests.consume(SAVE) or STOP in self.requests.agreed or self._save_is_due(done)
         if should_save:
             self._drain()
             self.requests.consume(SAVE)  # a request that was agreed on while draining is served by this save
@@ -157,6 +159,9 @@ class Loop:
             self.checkpointer.wait()
             name = f"checkpoint-{self.stage.first_step + done}"
             raise StopRequested(f"stopped on request ({reason}); {name} is written, and the same command goes on from there")
+
+    def _save_is_due(self, done: int) -> bool:
+        return done == self.prepared.total_steps or done % self.prepared.config.checkpoint.every == 0
 
     def _should_validate(self, done: int, last: bool, should_stop: bool) -> bool:
         asked, there = self.requests.consume(EVALUATE), self.prepared.data.validation is not None

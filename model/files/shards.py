@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.errors import ConfigError
 from model.files.manifest import Facts, UnsoundCheckpoint
-from model.files.sharding import local_range
+from model.files.sharding import is_sharded_tensor, local_range
 from model.files.tensor_files import Entry, LazyTensor, Tensors, as_bytes, dump_json, file_order, header, read_safetensors
 from model.files.untrusted import load_json
 from model.files.verified_write import PIECE_BYTES, BadShard, check_written, write_synced
@@ -99,8 +99,12 @@ def plan_shard(tensors: dict[str, Tensor]) -> ShardPlan:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's rows of a tensor, without a copy."""
+    if not is_sharded_tensor(tensor):
+        return tensor
+    if not torch.is_grad_enabled():  # optimizers ask for hundreds in a step, and the context costs more than the question
+        return tensor.to_local()
     with torch.no_grad():
-        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        return tensor.to_local()
 
 
 def write_shard(folder: Path, rank: int, world_size: int, tensors: dict[str, Tensor]) -> Facts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,9 +22,11 @@ from tests.support.runs import start, start_alone
 from tests.support.trainable import ALONE, build
 from tools.bench_step import Counter, hidden_syncs
 from trainer import metrics
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config import OptimConfig
 from trainer.distributed.blocks import checkpoint_activations
 from trainer.distributed.parallelize import replicate
+from trainer.distributed.world import World
 from trainer.metrics import FOLD, Meter, SourceSums
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import StepOptions, train_step
@@ -102,6 +105,28 @@ def test_the_log_for_other_scripts_makes_every_line_once(tmp_path: Path, monkeyp
         assert text == dump_json(state) and (state["global_step"], state["max_steps"]) == (step, 9)
         assert [entry["step"] for entry in state["log_history"]] == [*range(1, step + 1)] and len(made) == step
     assert state["log_history"][2] == {"step": 3, "loss": 1.5, "learning_rate": 0.1 * 3}
+
+
+def saves_of_a_run(world: World, parts: Path, folder: Path) -> list[str | int]:
+    """Return what the loop told the checkpointer, in order: saves by their step."""
+    told: list[str | int] = []
+    expect, save = Checkpointer.expect, Checkpointer.save
+
+    def expected(self: Checkpointer) -> None:
+        told.append("expect")
+        expect(self)
+
+    def saved(self: Checkpointer, step: int, *more: Any) -> Path:
+        told.append(step)
+        return save(self, step, *more)
+
+    with patch.object(Checkpointer, "expect", expected), patch.object(Checkpointer, "save", saved):
+        assert start(world, parts, folder, {"checkpoint": {"every": 4}}).code == 0
+    return told
+
+
+def test_memory_for_a_save_is_asked_for_before_the_step_that_the_save_follows(parts: Path, tmp_path: Path) -> None:
+    assert run_ranks(saves_of_a_run, 1, parts, tmp_path / "run") == [["expect", 4, "expect", 6]]
 
 
 def test_tokens_are_counted_per_source_and_go_on_after_a_resume(parts: Path, tmp_path: Path) -> None:

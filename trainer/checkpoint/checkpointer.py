@@ -69,6 +69,11 @@ class Checkpointer:
         if short:
             print(f"save      rank {self.world.rank}: training waits while checkpoints are written: {short}", flush=True)
 
+    def expect(self) -> None:
+        """Get memory for the save that follows the next step, beside that step."""
+        if self.staging is not None and self.task is None:
+            self.staging.warm()
+
     def save(
         self,
         step: int,
@@ -112,6 +117,8 @@ class Checkpointer:
         short = short_of_memory([(host, need, left) for host, need, left in answers])
         if short and self.world.is_main:
             tqdm.write(f"save      training waits while this checkpoint is written: {short}")
+        if short:
+            self.staging.release()
         return None if short else self.staging
 
     def check(self) -> None:

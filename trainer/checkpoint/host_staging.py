@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,6 +20,8 @@ SMALL = 1 << 20
 TOGETHER = 64 << 20
 """Most bytes of one group; tensors on a device are concatenated there first."""
 
+LEAST_GIVEN_BACK = 64 << 20
+"""Fewer bytes are not worth giving back between saves: filling pages anew takes longer than copying into them."""
 SHARE = 0.8
 """Largest fraction of the free host memory that the copies for saving may take."""
 
@@ -37,7 +40,8 @@ class Staging:
     """The host memory, never copied into forked data workers. It holds what `take` copied last, until `release`.
 
     For a CUDA device it is page-locked and held for the whole run, because locking takes long. Beside weights that are in the
-    host's memory themselves it is taken for each save and given back after it. Raises MemoryError when the host has too little.
+    host's memory themselves, `warm` or else `take` gets it from the system, and `release` gives it back, unless it is little.
+    Raises MemoryError when the host has too little.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
@@ -53,17 +57,32 @@ class Staging:
         self.names: list[str] | None = None
         self.plan, self.runs = ShardPlan(b"", [], {}), list[Run]()
         self.memory, self.buffer = memory, torch.frombuffer(memory, dtype=torch.uint8)
-        self.is_held = device.type == "cuda"
-        self.event = torch.cuda.Event(blocking=True) if self.is_held else None
+        self.is_held = device.type == "cuda" or num_bytes < LEAST_GIVEN_BACK
+        self.event = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
+        self.warming: threading.Thread | None = None
         if self.is_held:
-            self.buffer.fill_(0)  # the first touch of a page costs more than the copy into it
+            self._touch()
+        if device.type == "cuda":
             _page_lock(self)
+
+    def _touch(self) -> None:
+        """Write to every page, for which the system fills it: that costs more than the copy into it."""
+        self.buffer.numpy()[:: mmap.PAGESIZE] = 0
+
+    def warm(self) -> None:
+        """Get the memory from the system beside what the caller does until the next `take`."""
+        if not self.is_held and self.warming is None:
+            self.warming = threading.Thread(target=self._touch, name="memory for a save", daemon=True)
+            self.warming.start()
 
     def take(self, tensors: dict[str, Tensor]) -> ShardPlan:
         """Copy this rank's rows of `tensors` and return the plan of the shard; the tensors may change afterwards.
 
         It does not wait for a CUDA device: the copies are ordered in the stream after earlier kernels and before later ones.
         """
+        if self.warming is not None:
+            self.warming.join()
+            self.warming = None
         if self.names != [*tensors]:  # at the first save, and once the optimizer has moments
             self.names, self.plan = [*tensors], plan_shard(tensors)
             self.runs = list(_runs(self.plan))

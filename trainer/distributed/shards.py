@@ -14,6 +14,7 @@ from model.llm.causal_lm import blocks, head_weight
 from model.multimodal import MultimodalLM
 from trainer.config import ParallelConfig
 from trainer.distributed.blocks import block_owner, has_blocks
+from trainer.distributed.host_collectives import use_host_collectives
 from trainer.distributed.integer_shards import integers_without_gradient
 from trainer.distributed.world import World
 
@@ -93,6 +94,8 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
         if is_sharded_module(module):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+            if world.device.type == "cpu":
+                use_host_collectives(module)
     if tied and model.llm.get_input_embeddings().weight is not head_weight(model.llm):
         raise RuntimeError("sharding untied the head from the embedding")
 
