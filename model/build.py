@@ -13,6 +13,7 @@ from model.audio.state_head import StateHead
 from model.card import ModelCard, make_card
 from model.config import LoraConfig, ModelConfig, QuantizeConfig
 from model.errors import ConfigError
+from model.last_block import make_last_block_selective
 from model.lean_layers import make_lean
 from model.llm.causal_lm import VocabularyLayout, build_llm, head_weight
 from model.llm.early_features import EarlyFeatures
@@ -85,6 +86,7 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
         EarlyFeatures(llm.get_decoder(), width, levels)
     if config.llm.router_loss:
         model.routers = RouterTap(llm.get_decoder(), config.llm.router_loss)
+    model.selects_rows = make_last_block_selective(llm.get_decoder())
     model.stop_ids, model.pad_id = card.stop_ids, card.pad_id
     inject(model, card)
     if card.quantize.bits != 16:

@@ -166,7 +166,7 @@ def make_lean(model: nn.Module) -> None:
         kind, takes_silu = type(module), type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
         if (kind, takes_silu) not in made:
             forward = _forward_for(kind, takes_silu)
-            made[kind, takes_silu] = kind if forward is None else _with_forward(kind, forward)
+            made[kind, takes_silu] = kind if forward is None else with_forward(kind, forward)
         module.__class__ = made[kind, takes_silu]
 
 
@@ -182,7 +182,7 @@ def _forward_for(kind: type[nn.Module], takes_silu: bool) -> Callable[..., objec
     if kind.__name__ == "QuickGELUActivation":
         return quick_gelu if _agree(plain, quick_gelu, SimpleNamespace()) else None
     if kind.__name__.endswith("RMSNorm"):
-        return normed if _agree(plain, normed, SimpleNamespace(weight=_probe(8) + 1, variance_epsilon=1e-5)) else None
+        return normed if _agree(plain, normed, SimpleNamespace(weight=probe_numbers(8) + 1, variance_epsilon=1e-5)) else None
     layers = SimpleNamespace(act_fn=F.silu, gate_proj=lambda x: x * 3, up_proj=lambda x: x + 1, down_proj=lambda x: x * 5)
     return gated if takes_silu and kind.__name__.endswith("MLP") and _agree(plain, gated, layers) else None
 
@@ -190,7 +190,7 @@ def _forward_for(kind: type[nn.Module], takes_silu: bool) -> Callable[..., objec
 def _with_rotation(forward: FunctionType) -> Callable[..., object] | None:
     """Return the forward of an attention with our rotation, where its own computes the same."""
     own = forward.__globals__.get(ROTARY)
-    q, k, angles = _probe(2, 4, 3, 8), _probe(2, 2, 3, 8), _probe(2, 3, 8)
+    q, k, angles = probe_numbers(2, 4, 3, 8), probe_numbers(2, 2, 3, 8), probe_numbers(2, 3, 8)
     if not isinstance(own, FunctionType) or list(inspect.signature(own).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
         return None
     with suppress(RuntimeError):  # one that rotates a part of a head takes angles of fewer numbers
@@ -209,7 +209,7 @@ def _with_rotation(forward: FunctionType) -> Callable[..., object] | None:
 def _agree(plain: FunctionType, ours: Callable[..., object], module: SimpleNamespace) -> bool:
     """Tell whether two forwards compute the same of a stand-in for a module."""
     for dtype in (torch.float32, torch.bfloat16):
-        x = _probe(2, 3, 8).to(dtype)
+        x = probe_numbers(2, 3, 8).to(dtype)
         if hasattr(module, "weight"):
             module.weight = module.weight.to(dtype)
         try:
@@ -222,12 +222,13 @@ def _agree(plain: FunctionType, ours: Callable[..., object], module: SimpleNames
     return True
 
 
-def _probe(*shape: int) -> Tensor:
+def probe_numbers(*shape: int) -> Tensor:
     """Return numbers of no pattern in (-3, 3), without drawing any."""
     size = torch.Size(shape).numel()
     return (torch.arange(size, dtype=torch.float64) * 2.3999632).sin().mul(3).float().view(shape)
 
 
-def _with_forward(kind: type[nn.Module], forward: Callable[..., object]) -> type[nn.Module]:
+def with_forward(kind: type[nn.Module], forward: Callable[..., object]) -> type[nn.Module]:
+    """Make a class of modules that is `kind` but for its forward, under the same name."""
     names = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), names)

@@ -163,8 +163,13 @@ def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def text_term(hidden: Tensor, weight: Tensor, labels: Tensor, supervised: Tensor, options: HeadOptions = HeadOptions()) -> Term:
-    """Compute the text term from hidden (B, T, D), weight (V, D), labels (B, T) and supervised (S,) flat positions."""
-    rows = hidden.flatten(0, 1).index_select(0, supervised)
+    """Compute the text term from hidden (B, T, D), weight (V, D), labels (B, T) and supervised (S,) flat positions, ascending.
+
+    `hidden` may hold the supervised rows alone, (1, S, D): as many rows as there are supervised positions are these.
+    """
+    rows = hidden.flatten(0, 1)
+    if len(rows) != len(supervised):
+        rows = rows.index_select(0, supervised)
     targets = labels.flatten().index_select(0, supervised)
     new_rows = None if options.new is None else options.new.rows
     return Term(*ChunkedLoss.apply(rows, weight, new_rows, targets, options))

@@ -47,6 +47,7 @@ class MultimodalLM(nn.Module):
         self.preference: PreferenceTuning | None = None  # what is learned from answers that are compared
         self.stop_ids: tuple[int, ...] = ()
         self.pad_id = 0
+        self.selects_rows = False  # the last block can compute the supervised rows alone (model.last_block)
         self.levels = 1  # rows of numbers, each as wide as the language model, that a position is given (model.llm.early_features)
         self.compute_device: torch.device | None = None  # where weights are kept elsewhere than they are computed with
 
@@ -77,20 +78,27 @@ class MultimodalLM(nn.Module):
         if self.preference is not None:
             found, hidden = self.preference.compute(self, batch)
             return {**found, **{name: source.term(hidden, batch) for name, source in self.other_terms.items()}}
-        hidden = self.decode(batch)
+        # Other terms read other rows.
+        rows = batch.supervised if self.selects_rows and not self.other_terms else None
+        hidden = self.decode(batch, rows)
         weight = head_weight(self.llm).to(self.dtype)
         new = new_head_rows(self.llm, self.dtype)
         text = text_term(hidden, weight, batch.labels, batch.supervised, HeadOptions(change=self.llm.logit_change, new=new))
         return {"text": text, **{name: source.term(hidden, batch) for name, source in self.other_terms.items()}}
 
-    def decode(self, batch: Batch) -> Tensor:
-        """Compute the decoder's last hidden state (B, T, D)."""
-        return self.decode_embeds(self.embed(batch), batch)
+    def decode(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """Compute the decoder's last hidden state (B, T, D); given flat positions `rows` (S,), of these alone (1, S, D).
 
-    def decode_embeds(self, embeds: Tensor, batch: Batch) -> Tensor:
-        """Compute the decoder's last hidden state (B, T, D) from embeddings (B, T, D)."""
+        Those who ask for `rows` may be given all, where the last block is none that can choose (`selects_rows`).
+        """
+        return self.decode_embeds(self.embed(batch), batch, rows)
+
+    def decode_embeds(self, embeds: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """Compute what `decode` does from embeddings (B, T, D)."""
         decoder = self.llm.get_decoder()
         options = decoder_options(self.llm, batch)
+        if rows is not None:
+            options["supervised_rows"] = rows
         return decoder(inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **options).last_hidden_state
 
     def user_state(self, batch: Batch) -> Tensor:

@@ -66,14 +66,12 @@ def test_every_family_computes_what_transformers_does(
     monkeypatch.setattr(loss.HeadOptions.__init__, "__defaults__", (5, loss.UNCHANGED, None))  # chunks of 5 rows, the last not full
     model, plain = ours(tmp_path), theirs(tmp_path)
     batch, padded = layout(samples(), 0), collate(samples(), 0)
-    hidden: list[Tensor] = []
-    model.llm.get_decoder().register_forward_hook(lambda _, __, output: hidden.append(output.last_hidden_state))
     term = model(batch)["text"]
     term.sum.backward()
     output = plain(input_ids=padded.input_ids, attention_mask=padded.attention_mask, output_hidden_states=True)
     expected = F.cross_entropy(output.logits.flatten(0, 1), padded.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     expected.backward()
-    found = by_sample(hidden[0], batch)
+    found = by_sample(model.decode(batch), batch)
     torch.testing.assert_close(found, by_sample(output.hidden_states[-1], padded), **TOLERANCE)
     logits = model.llm.logit_change(found @ head_weight(model.llm).T)
     torch.testing.assert_close(logits, by_sample(output.logits, padded), **TOLERANCE)

@@ -25,6 +25,9 @@ def bytes_of(tensors: Any) -> int:
     return sum(t.numel() * t.itemsize for t in local)
 
 
+WITH_SCRATCH = ("aten::mm", "aten::addmm", "aten::addcmul_")
+
+
 def measured_peak(model: torch.nn.Module, batch: Batch, trace: Path) -> int:
     """Bytes that the allocator of the CPU held at most in a forward and backward, above what was there: gradients were."""
     forward_backward(model, batch)
@@ -32,13 +35,15 @@ def measured_peak(model: torch.nn.Module, batch: Batch, trace: Path) -> int:
         forward_backward(model, batch)
     seen.export_chrome_trace(str(trace))
     events = sorted((e for e in json.loads(trace.read_text())["traceEvents"] if "ts" in e), key=lambda e: e["ts"])
-    products = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] in ("aten::mm", "aten::addmm") and "dur" in e]
+    products = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] in WITH_SCRATCH and "dur" in e]
     memory = [(e["ts"], e["args"]["Addr"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"]
     return int(np.cumsum([size for _, _, size in without_scratch(memory, products)]).max())
 
 
 def without_scratch(memory: list[tuple[float, int, int]], products: list[tuple[float, float]]) -> list[tuple[float, int, int]]:
-    """Leave out what a matrix product allocates and frees while it runs: rows that oneDNN repacks for the CPU, and no GPU does."""
+    """Leave out what a product allocates and frees while it runs: rows that oneDNN repacks for the CPU, masks that it casts, and no
+    GPU does.
+    """
     kept = []
     for event in memory:
         at, address, size = event

@@ -399,7 +399,7 @@ def test_what_is_wrong_is_told_with_code_2(
 def test_a_model_that_looks_at_values_is_told(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def looking(self: MultimodalLM, batch: Batch) -> Tensor:
+    def looking(self: MultimodalLM, batch: Batch, rows: Tensor) -> Tensor:
         return torch.zeros(int(batch.input_ids.max()))
 
     monkeypatch.setattr(MultimodalLM, "decode", looking)

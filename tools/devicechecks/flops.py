@@ -1,7 +1,7 @@
 """Useful operations of a step: what the task needs, whatever a program computes beside it.
 
-Real tokens alone count: no padding, nothing twice, the head on supervised rows only, causal attention half. A product of a frozen
-matrix counts forward and the gradient of its input, a trained one the gradient of the matrix too.
+Real tokens alone count: no padding, nothing twice, the head and the last MLP on supervised rows only, causal attention half. A
+product of a frozen matrix counts forward and the gradient of its input, a trained one the gradient of the matrix too.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ def useful_flops(model: MultimodalLM, batch: Batch) -> Flops:
     """Count the useful operations of a micro-batch of text and pictures; a trained projector or a trained decoder is assumed."""
     tokens, layers = batch.num_real_tokens, blocks(model.llm.get_decoder())
     decoder = sum(matrix_flops(layer) for layer in products(layers)) * tokens
+    if model.selects_rows:
+        unread = tokens - batch.num_supervised
+        decoder -= sum(matrix_flops(layer) for layer in products(layers[-1].get_submodule("mlp"))) * unread
     config = model.llm.config
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # Scores and their products with the values, 2 operations each, half of them causal; backward is twice forward.

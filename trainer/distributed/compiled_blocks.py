@@ -119,7 +119,7 @@ class CompiledForward:
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Raises ConfigError with the name of the block when it cannot be compiled, or goes on without."""
-        if self.kind not in self.compiler.failed:
+        if not issubclass(self.kind, tuple(self.compiler.failed)):
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor):
                     self.compiler.mark_dynamic(leaf, _changing(leaf))
