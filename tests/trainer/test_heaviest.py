@@ -148,12 +148,12 @@ def short_of_memory(
     """A start on a device where decoding more than `limit` positions runs out of memory."""
     decode = MultimodalLM.decode
 
-    def limited(self: MultimodalLM, batch: Any) -> Any:
+    def limited(self: MultimodalLM, batch: Any, rows: Any = None) -> Any:
         if batch.input_ids.is_meta and not runs_on_meta:
             raise RuntimeError("it looks at values")
         if not batch.input_ids.is_meta and batch.input_ids.numel() > limit:
             raise torch.OutOfMemoryError("planted")
-        return decode(self, batch)
+        return decode(self, batch, rows)
 
     MultimodalLM.decode = limited  # type: ignore[method-assign]
     return start(world, folder, output_dir, sections)
