@@ -76,8 +76,8 @@ def savers(trained: Trained, world: World, folder: Path) -> dict[str, Callable[[
 
     def ours(i: int) -> Timed:
         checkpointer.expect()  # as the loop does before the step that a save follows
-        if checkpointer.staging and checkpointer.staging.warming:
-            checkpointer.staging.warming.join()
+        if checkpointer.memory and checkpointer.memory.staging and checkpointer.memory.staging.warming:
+            checkpointer.memory.staging.warming.join()
         return time_action(
             lambda: checkpointer.save(i + 1, trained, {}, CARD, NoProcessor()),  # type: ignore[arg-type]
             lambda _: checkpointer.wait(),

@@ -24,12 +24,12 @@ from model.files.sharding import is_first_copy
 from model.files.shards import WEIGHTS, Chunks, ShardPlan, local, plan_shard, tensor_chunks, write_planned
 from model.files.tensor_files import dump_json
 from trainer.checkpoint.background_save import Agreement, Task, attempt, raise_problem
-from trainer.checkpoint.host_staging import Staging, short_of_memory
+from trainer.checkpoint.host_staging import SaveMemory
 from trainer.checkpoint.retention import PREFIX, STATE, prune
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import SAVING, TRIAL, make_folder, put_in_place, remove_folder, replace_text, sync_run
 from trainer.machine.disk_space import SpaceNeeded, describe_shortage, format_bytes, warn_if_next_save_will_not_fit, written_bytes
-from trainer.machine.memory_info import available_bytes, usage
+from trainer.machine.memory_info import available_bytes
 from trainer.optim import Trained
 from trainer.optim_state import STEP
 from trainer.state import CheckpointState
@@ -44,7 +44,7 @@ class Checkpointer:
         self.run_id = str(world.broadcast_json(uuid.uuid4().hex))
         self.agreement = Agreement(world.channel("save"), self.run_id, world.rank, world.size)
         self.task: Task | None = None
-        self.staging: Staging | None = None  # None where host memory is short: training then waits for each save
+        self.memory: SaveMemory | None = None  # of the copies that are written beside training
         self.static_files: dict[str, bytes] | None = None  # files that are the same in all checkpoints, by name
         self.space: SpaceNeeded | None = None  # disk space that saves need, once it was proven that they fit
         self.num_chunks = self.num_reported = 0  # chunks written by this rank, and those reported to `on_progress`
@@ -61,18 +61,12 @@ class Checkpointer:
         answers = self.world.gather_json([problem, platform.node(), needed, available_bytes()])
         raise_problem(answers[0][0], self._message)
         self.static_files = static_files
-        short = short_of_memory([(host, need, free) for _, host, need, free in answers])
-        try:
-            self.staging = None if short else Staging(needed, self.world.device)
-        except MemoryError as error:
-            short = str(error)
-        if short:
-            print(f"save      rank {self.world.rank}: training waits while checkpoints are written: {short}", flush=True)
+        self.memory = SaveMemory(self.world, [(host, need, free) for _, host, need, free in answers])
 
     def expect(self) -> None:
-        """Get memory for the save that follows the next step, beside that step."""
-        if self.staging is not None and self.task is None:
-            self.staging.warm()
+        """Get memory for the save that follows the next step, beside that step. No collective."""
+        if self.memory is not None and self.task is None:
+            self.memory.expect()
 
     def save(
         self,
@@ -96,30 +90,12 @@ class Checkpointer:
             self.prepare(trained, card, processor)
         tensors = _tensors(trained, self.world)
         note = CheckpointMeta(step, json.loads(dump_json(state)), [*trained.parameters], _steps(trained), before or {})
-        staging = self._usable_staging()
+        staging = self.memory.of_next_save() if self.memory else None
         work = partial(self._write, note, staging.take(tensors) if staging else tensors)
         self.task = Task(work, f"{PREFIX}{step}")
         if staging is None:
             self.wait()
         return self.folder / f"{PREFIX}{step}"
-
-    def _usable_staging(self) -> Staging | None:
-        """Return the memory of the next save; None where training waits for it, on all ranks alike.
-
-        Collective where the memory is taken for each save: what was free at the start may have gone since.
-        """
-        if self.staging is None or self.staging.is_held:
-            return self.staging
-        used = usage(torch.device("cpu"))
-        # What this process held at its peak comes back in the next step, while the copy is written.
-        free = max(0, available_bytes() - (used.peak - used.now))
-        answers = self.world.gather_json([platform.node(), self.staging.buffer.numel(), free])
-        short = short_of_memory([(host, need, left) for host, need, left in answers])
-        if short and self.world.is_main:
-            tqdm.write(f"save      training waits while this checkpoint is written: {short}")
-        if short:
-            self.staging.release()
-        return None if short else self.staging
 
     def check(self) -> None:
         """Raise SaveError or ProofError if the save under way has failed. Called after every step: no collective, no waiting."""
@@ -168,9 +144,9 @@ class Checkpointer:
             plan = plan_shard(shard)
             chunks: Chunks = partial(tensor_chunks, plan, shard)
         else:
-            assert self.staging is not None  # a plan alone comes from a staged copy
-            self.staging.ready()
-            plan, chunks = shard, self.staging.chunks
+            assert self.memory is not None and self.memory.staging is not None  # a plan alone comes from a staged copy
+            self.memory.staging.ready()
+            plan, chunks = shard, self.memory.staging.chunks
 
         def counted() -> Iterator[tuple[torch.dtype, memoryview]]:
             for chunk in chunks():
@@ -180,8 +156,8 @@ class Checkpointer:
         try:
             return write_planned(temporary, self.world.rank, self.world.size, plan, counted)
         finally:
-            if self.staging is not None:
-                self.staging.release()
+            if self.memory is not None:
+                self.memory.release()
 
     def _finish(self, temporary: Path, note: CheckpointMeta, facts: list[Facts]) -> None:
         """Complete the checkpoint on rank 0, when every shard is on disk: other files, manifest, final name, then pruning."""

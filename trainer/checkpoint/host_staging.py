@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from model.files.shards import ShardPlan, local, plan_shard, write_chunks
+from trainer.distributed.world import World
+from trainer.machine.memory_info import free_beside_steps
 
 SMALL = 1 << 20
 """Tensors of fewer bytes are copied in groups: thousands of them, as in LoRA, would cost more in calls than in copying."""
@@ -39,7 +42,7 @@ class Run:
 class Staging:
     """The host memory, never copied into forked data workers. It holds what `take` copied last, until `release`.
 
-    For a CUDA device it is page-locked and held for the whole run, because locking takes long. Beside weights that are in the
+    Beside a device it is held for the whole run, page-locked for CUDA, because locking takes long. Beside weights that are in the
     host's memory themselves, `warm` or else `take` gets it from the system, and `release` gives it back, unless it is little.
     Raises MemoryError when the host has too little.
     """
@@ -57,7 +60,7 @@ class Staging:
         self.names: list[str] | None = None
         self.plan, self.runs = ShardPlan(b"", [], {}), list[Run]()
         self.memory, self.buffer = memory, torch.frombuffer(memory, dtype=torch.uint8)
-        self.is_held = device.type == "cuda" or num_bytes < LEAST_GIVEN_BACK
+        self.is_held = device.type != "cpu" or num_bytes < LEAST_GIVEN_BACK
         self.event = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
         self.warming: threading.Thread | None = None
         if self.is_held:
@@ -75,14 +78,17 @@ class Staging:
             self.warming = threading.Thread(target=self._touch, name="memory for a save", daemon=True)
             self.warming.start()
 
+    @property
+    def still_needed(self) -> int:
+        """Return the bytes that the next `take` would get from the system."""
+        return 0 if self.is_held or self.warming is not None else self.buffer.numel()
+
     def take(self, tensors: dict[str, Tensor]) -> ShardPlan:
         """Copy this rank's rows of `tensors` and return the plan of the shard; the tensors may change afterwards.
 
         It does not wait for a CUDA device: the copies are ordered in the stream after earlier kernels and before later ones.
         """
-        if self.warming is not None:
-            self.warming.join()
-            self.warming = None
+        self._end_warming()
         if self.names != [*tensors]:  # at the first save, and once the optimizer has moments
             self.names, self.plan = [*tensors], plan_shard(tensors)
             self.runs = list(_runs(self.plan))
@@ -110,9 +116,15 @@ class Staging:
 
     def release(self) -> None:
         """Give the memory back to the system, which fills it anew at the next `take`, unless it is held."""
+        self._end_warming()
         if not self.is_held:
             with suppress(OSError, AttributeError):
                 self.memory.madvise(mmap.MADV_DONTNEED)
+
+    def _end_warming(self) -> None:
+        if self.warming is not None:
+            self.warming.join()
+            self.warming = None
 
     def chunks(self) -> Iterator[tuple[torch.dtype, memoryview]]:
         """Yield the copied bytes in pieces, with their dtype, in the order of the shard file."""
@@ -148,6 +160,52 @@ def _page_lock(staging: Staging) -> None:
             torch.zeros(1, device="cuda").add_(1)
         raise MemoryError(f"{size:,} bytes of host memory for checkpoints cannot be page-locked (`ulimit -l`)")
     weakref.finalize(staging, runtime.cudaHostUnregister, address).atexit = False
+
+
+class SaveMemory:
+    """The memory of a rank's saves, and when training waits for a save instead because a host has too little."""
+
+    def __init__(self, world: World, ranks: list[tuple[str, int, int]]) -> None:
+        """`ranks`: (host, bytes that a copy takes, bytes free) of every rank, in their order."""
+        self.world, (self.host, needed, _) = world, ranks[world.rank]
+        self.needed_on_host = sum(need for host, need, _ in ranks if host == self.host)
+        self.staging: Staging | None = None  # None: training waits for each save
+        short = short_of_memory(ranks)
+        # The same on every rank, though of some the copy is so small that they hold it.
+        self.asks = not short and world.device.type == "cpu" and max(need for _, need, _ in ranks) >= LEAST_GIVEN_BACK
+        try:
+            self.staging = None if short else Staging(needed, world.device)
+        except MemoryError as error:
+            short = str(error)
+        if short:
+            print(f"save      rank {world.rank}: training waits while checkpoints are written: {short}", flush=True)
+
+    def expect(self) -> None:
+        """Get the memory of the save that follows the next step, beside that step, if this host has it. No collective."""
+        if self.asks and self.staging and not short_of_memory([(self.host, self.needed_on_host, free_beside_steps())]):
+            self.staging.warm()
+
+    def of_next_save(self) -> Staging | None:
+        """Return the memory of a save; None where training waits for it.
+
+        Collective where the memory is given back after saves: what was free at the start may have gone since.
+        """
+        if not self.asks:
+            return self.staging
+        needed = self.staging.still_needed if self.staging else 0
+        answers = self.world.gather_json([self.host, needed, free_beside_steps()])
+        short = short_of_memory([(host, need, free) for host, need, free in answers])
+        if not short:
+            return self.staging
+        self.release()
+        if self.world.is_main:
+            tqdm.write(f"save      training waits while this checkpoint is written: {short}")
+        return None
+
+    def release(self) -> None:
+        """Give back what is not held, once a save is written."""
+        if self.staging is not None:
+            self.staging.release()
 
 
 def short_of_memory(ranks: list[tuple[str, int, int]]) -> str:

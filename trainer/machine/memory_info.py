@@ -58,6 +58,12 @@ def available_bytes() -> int:
     return usage(torch.device("cpu")).free or 1 << 62
 
 
+def free_beside_steps() -> int:
+    """Return the host memory that is free beside what this process held at its peak, which its next step takes again."""
+    used = usage(torch.device("cpu"))
+    return max(0, available_bytes() - (used.peak - used.now))
+
+
 def total_memory(device: torch.device) -> int:
     """Return the bytes of `device` that one process alone there may use; 0 without a device, or where the system does not tell."""
     if device.type == "cuda" and not torch.cuda.is_available():

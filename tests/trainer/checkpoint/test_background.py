@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -121,8 +122,7 @@ def test_one_save_at_a_time_in_the_same_memory_and_nothing_is_left_of_it(tmp_pat
         save(checkpointer, step, trained)
         assert (checkpointer.task and checkpointer.task.under_way) or step > 1
         gate.opened.set()
-        assert checkpointer.staging
-        addresses.add(checkpointer.staging.buffer.data_ptr())
+        addresses.add(staging_of(checkpointer).buffer.data_ptr())
     checkpointer.wait()
     assert gate.most == 1 and len(addresses) == 1 and threading.active_count() == before
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in range(1, 7)]
@@ -135,13 +135,12 @@ def test_the_memory_is_there_before_the_moments_are_and_no_worker_copies_it(tmp_
     moments = dict(trained.optimizer.state)
     trained.optimizer.state.clear()
     checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
-    assert checkpointer.staging
-    address = checkpointer.staging.buffer.data_ptr()
+    address = staging_of(checkpointer).buffer.data_ptr()
     save(checkpointer, 0, trained)
     trained.optimizer.state.update(moments)
     save(checkpointer, 2, trained)
     checkpointer.wait()
-    assert checkpointer.staging.buffer.data_ptr() == address
+    assert staging_of(checkpointer).buffer.data_ptr() == address
     names = [set(load_file(next((tmp_path / f"checkpoint-{step}").glob("*.safetensors")))) for step in (0, 2)]
     assert names[0] < names[1] and len(names[1]) == 3 * len(names[0])
     flags = mapping_flags(address)
@@ -152,14 +151,14 @@ def test_the_memory_is_taken_for_a_save_and_given_back_after_it(tmp_path: Path, 
     monkeypatch.setattr(staging, "LEAST_GIVEN_BACK", 0)
     trained, checkpointer, gate = many(ALONE, "many"), checkpointer_of(ALONE, tmp_path), Gate(monkeypatch)
     checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
-    assert checkpointer.staging
-    buffer, values = checkpointer.staging.buffer, trained.optimizer.state
+    memory = staging_of(checkpointer)
+    buffer, values = memory.buffer, trained.optimizer.state
     resident = [mapping_line(buffer.data_ptr(), "Rss:")]
     for step in (1, 2):
         if step == 2:  # the loop says one step before that a save will come
             checkpointer.expect()
-            assert checkpointer.staging.warming
-            checkpointer.staging.warming.join()
+            assert memory.warming
+            memory.warming.join()
             assert mapping_line(buffer.data_ptr(), "Rss:") in (None, resident[1])
         save(checkpointer, step, trained)
         resident.append(mapping_line(buffer.data_ptr(), "Rss:"))
@@ -179,8 +178,11 @@ def test_training_waits_for_a_save_that_the_memory_has_become_too_small_for(
 ) -> None:
     monkeypatch.setattr(staging, "LEAST_GIVEN_BACK", 0)
     trained, checkpointer = many(ALONE, "many"), checkpointer_of(ALONE, tmp_path)
+    checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
     for step, free in enumerate((1 << 40, 1000, 1 << 40)):
-        monkeypatch.setattr(module, "available_bytes", lambda free=free: free)
+        monkeypatch.setattr(staging, "free_beside_steps", lambda free=free: free)
+        checkpointer.expect()
+        assert (staging_of(checkpointer).warming is None) == (free == 1000)  # it may end a process to take what is not there
         save(checkpointer, step, trained)
         assert (checkpointer.task is None) == (free == 1000)
         checkpointer.wait()
@@ -189,6 +191,46 @@ def test_training_waits_for_a_save_that_the_memory_has_become_too_small_for(
         assert ("training waits while this checkpoint is written" in said.out + said.err) == (free == 1000)
     files = [sorted((tmp_path / f"checkpoint-{step}").glob("*.safetensors")) for step in (0, 1)]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
+
+
+def test_memory_that_was_taken_before_the_save_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "LEAST_GIVEN_BACK", 0)
+    trained, checkpointer = many(ALONE, "many"), checkpointer_of(ALONE, tmp_path)
+    checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
+    checkpointer.expect()
+    monkeypatch.setattr(staging, "free_beside_steps", lambda: 0)
+    save(checkpointer, 1, trained)
+    assert checkpointer.task
+    checkpointer.wait()
+    verify(tmp_path / "checkpoint-1")
+
+
+def saves_with_memory(world: World, folder: Path, frees: list[list[int]]) -> list[tuple[bool, bool]]:
+    """Whether this rank holds its memory, and whether its saves were written beside training; `frees`: by save and rank."""
+    trained, checkpointer = toy(world, "ddp"), checkpointer_of(world, folder)
+    found = []
+    with patch.object(staging, "LEAST_GIVEN_BACK", 100):
+        checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
+        for step, free in enumerate(frees):
+            with patch.object(staging, "free_beside_steps", lambda free=free: free[world.rank]):
+                save(checkpointer, step, trained)
+            found.append((staging_of(checkpointer).is_held, checkpointer.task is not None))
+            checkpointer.wait()
+    return found
+
+
+def test_ranks_ask_for_memory_together_though_only_one_gives_it_back(tmp_path: Path) -> None:
+    """Rank 0 writes what both hold whole: only its copy is large. A host is as free as the rank that sees it fullest."""
+    ample = 1 << 40
+    ranks = run_ranks(saves_with_memory, 2, tmp_path, [[ample, ample], [ample, 10], [10, ample], [ample, ample]], seconds=60)
+    assert ranks == [[(held, beside) for beside in (True, False, False, True)] for held in (False, True)]
+    for step in range(4):
+        verify(tmp_path / f"checkpoint-{step}")
+
+
+def staging_of(checkpointer: Checkpointer) -> staging.Staging:
+    assert checkpointer.memory and checkpointer.memory.staging
+    return checkpointer.memory.staging
 
 
 def mapping_flags(address: int) -> list[str] | None:
@@ -221,7 +263,8 @@ def test_where_memory_is_short_training_waits(
         monkeypatch.setattr(module, "available_bytes", lambda free=free: free)
         checkpointer = checkpointer_of(ALONE, tmp_path / name)
         save(checkpointer, 3, trained)
-        assert (checkpointer.task is None) == (checkpointer.staging is None) == (name == "short")
+        assert checkpointer.memory
+        assert (checkpointer.task is None) == (checkpointer.memory.staging is None) == (name == "short")
         checkpointer.wait()
         said = capsys.readouterr().out
         assert ("training waits" in said and "1,000 bytes" in said) == (name == "short")
