@@ -14,6 +14,11 @@ def takes_cpu_kernel(query: Tensor, value: Tensor) -> bool:
     return fits and hasattr(torch.ops.aten, NAME) and hasattr(torch.ops.aten, f"{NAME}_backward")
 
 
+def sums_dtype(query: Tensor) -> torch.dtype:
+    """Return the type of the sums: float32, or that of a query in float64."""
+    return torch.promote_types(query.dtype, torch.float32)
+
+
 def attend_with_sums(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
     """Compute attention: query (B, H, T, D), key and value (B, Hkv, T, D) -> (B, T, H, D), and the sums (B, H, T) of each query.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.llm.cpu_kernel import attend_backward, attend_with_sums, takes_cpu_kernel
+from model.llm.cpu_kernel import attend_backward, attend_with_sums, sums_dtype, takes_cpu_kernel
 from model.llm.scores import CappedScores, band, capped
 
 Segment = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -101,7 +101,7 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: fl
         found, sums = zip(*(attend_with_sums(q, k, v, True, how[0]) for q, k, v in parts), strict=True)
         return torch.cat(found, 1), torch.cat(sums, 2)
     one = _one_segment(options_of(how))
-    return torch.cat([one(q, k, v) for q, k, v in parts], 1), query.new_empty(*query.shape[:2], 0, dtype=torch.float32)
+    return torch.cat([one(q, k, v) for q, k, v in parts], 1), query.new_empty(*query.shape[:2], 0, dtype=sums_dtype(query))
 
 
 @torch.library.impl(_OPERATORS, "packed_backward", "CompositeExplicitAutograd")
@@ -127,7 +127,7 @@ def _packed_backward(
 @torch.library.register_fake("multimodal_attention::packed", lib=_OPERATORS)
 def _fake_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: float) -> tuple[Tensor, Tensor]:
     found = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    return found, query.new_empty(*query.shape[:2], _num_sums(query, value, how), dtype=torch.float32)
+    return found, query.new_empty(*query.shape[:2], _num_sums(query, value, how), dtype=sums_dtype(query))
 
 
 @torch.library.register_fake("multimodal_attention::packed_backward", lib=_OPERATORS)

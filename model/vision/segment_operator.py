@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.llm.cpu_kernel import attend_backward, attend_with_sums, takes_cpu_kernel
+from model.llm.cpu_kernel import attend_backward, attend_with_sums, sums_dtype, takes_cpu_kernel
 
 
 def attend_by_runs(
@@ -92,7 +92,7 @@ def _segments(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale:
     if sum(sizes) != query.shape[2]:
         raise ValueError(f"segments of {sizes} patches do not describe a query of shape {tuple(query.shape)}")
     if not takes_cpu_kernel(query, value):
-        return attend_by_runs(query, key, value, sizes, scale), query.new_empty(*query.shape[:2], 0, dtype=torch.float32)
+        return attend_by_runs(query, key, value, sizes, scale), query.new_empty(*query.shape[:2], 0, dtype=sums_dtype(query))
     runs = zip(*(_runs(tensor, sizes) for tensor in (query, key, value)), strict=True)
     found, sums = zip(*(attend_with_sums(q, k, v, False, scale) for q, k, v in runs), strict=True)
     return torch.cat([part.flatten(0, 1) for part in found])[None], _joined(sums)
@@ -126,7 +126,7 @@ def _segments_backward(
 def _fake_segments(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     num_sums = query.shape[2] if takes_cpu_kernel(query, value) else 0
     found = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    return found, query.new_empty(*query.shape[:2], num_sums, dtype=torch.float32)
+    return found, query.new_empty(*query.shape[:2], num_sums, dtype=sums_dtype(query))
 
 
 @torch.library.register_fake("multimodal_patches::segments_backward", lib=_OPERATORS)

@@ -61,10 +61,11 @@ def test_backward_on_a_cpu_runs_no_forward_kernel() -> None:
     assert forwards(attend(*packed, torch.tensor(LENGTHS), SegmentOptions(0.3, window=50)), packed) == len(LENGTHS)  # again there
 
 
-def test_operators_describe_their_results_to_a_compiler() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_operators_describe_their_results_to_a_compiler(dtype: torch.dtype) -> None:
     lengths = torch.tensor(LENGTHS)
     with torch.no_grad():
-        query, key, value = made(6).detach(), made(2).detach(), made(2).detach()
+        query, key, value = (made(heads, dtype).detach() for heads in (6, 2, 2))
         for how in ((0.3, 0, 0.0), (0.3, 3, 0.0), (0.3, 0, 4.0)):
             check(torch.ops.multimodal_attention.packed.default, query, key, value, lengths, *how)
             results = torch.ops.multimodal_attention.packed(query, key, value, lengths, *how)

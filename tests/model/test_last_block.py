@@ -195,10 +195,10 @@ def test_a_block_that_somebody_hooks_or_that_differs_is_left_alone() -> None:
     assert type(blocks(taken)[-1]).__name__ == "LlamaDecoderLayer"
 
 
-def sharded_steps(world: World, folder: Path, selects: bool) -> list[dict[str, Tensor]]:
+def sharded_steps(world: World, folder: Path) -> list[dict[str, Tensor]]:
     """Summed loss and gradients of a step on two ranks, the second of which has first some supervised rows and then none."""
     parallel = ParallelConfig("fsdp", unit_mib=0, activation_checkpointing="full")
-    model = build(folder, "lora", parallel, selects=selects, world=world)
+    model = build(folder, "lora", parallel, world=world)
     found = []
     for steps in ((3, 2), (3, 0)):
         batch = batch_of("packed", 2 * world.rank, 2 * world.rank + 2, steps[world.rank])
@@ -218,7 +218,7 @@ def sharded_steps_alone(folder: Path, steps: tuple[int, int]) -> dict[str, Tenso
 def test_two_ranks_that_share_weights(folders: Path) -> None:
     """A rank without a supervised row runs the same collectives; both find the gradients of all rows."""
     expected = [sharded_steps_alone(folders / "qwen2", steps) for steps in ((3, 2), (3, 0))]
-    for rank in run_ranks(sharded_steps, 2, folders / "qwen2", True):
+    for rank in run_ranks(sharded_steps, 2, folders / "qwen2"):
         for found, wanted in zip(rank, expected, strict=True):
             assert distance(found, wanted) < 2e-6
 
