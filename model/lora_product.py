@@ -95,7 +95,7 @@ class SharedInputs:
             return x
         if self._traced is None or self._traced[0] is not x or self._traced[1] != rate:
             state = torch.ops.multimodal_lora.draw_state(x, rate)
-            self._traced = (x, rate, torch.where(torch.ops.multimodal_lora.mask_of(x, rate, state), x, 0))
+            self._traced = (x, rate, torch.where(torch.ops.multimodal_lora.mask_of(x, rate, state), x, x.new_zeros(())))
         return self._traced[2]
 
     def end_trace(self) -> None:
