@@ -79,13 +79,16 @@ def test_whole_files_pass_and_cut_ones_do_not(name: str) -> None:
         assert not whole(name, data[:length]), length
 
 
-@pytest.mark.parametrize("name", sorted(set(WHOLE) - set(ONLY_DECODED)))
-def test_what_decodes_to_all_its_pixels_passes_unless_only_its_end_is_lost(name: str) -> None:
-    data = WHOLE[name]()
-    for length in range(len(data) // 2, len(data), max(len(data) // 100, 1)):
-        if whole(name, data[:length]):
-            with Image.open(io.BytesIO(data[:length])) as picture:
-                picture.load()
+def test_a_cut_file_that_passes_has_all_pixels_of_its_first_picture() -> None:
+    """Of an MPO, whose further pictures nobody reads: of every other format no cut file passes."""
+    data = WHOLE["mpo"]()
+    passed = [length for length in range(len(data) // 2, len(data), len(data) // 100) if whole("mpo", data[:length])]
+    assert len(passed) > 10
+    with Image.open(io.BytesIO(data)) as picture:
+        expected = picture.tobytes()
+    for length in passed:
+        with Image.open(io.BytesIO(data[:length])) as picture:
+            assert picture.tobytes() == expected
 
 
 def test_half_a_jpeg_is_found_which_verify_lets_pass(tmp_path: Path) -> None:
