@@ -166,7 +166,7 @@ class SaveMemory:
     """The memory of a rank's saves, and when training waits for a save instead because a host has too little."""
 
     def __init__(self, world: World, ranks: list[tuple[str, int, int]]) -> None:
-        """`ranks`: (host, bytes that a copy takes, bytes free) of every rank, in their order."""
+        """Take memory, or say why not. `ranks`: (host, bytes that a copy takes, bytes free) of every rank, in their order."""
         self.world, (self.host, needed, _) = world, ranks[world.rank]
         self.needed_on_host = sum(need for host, need, _ in ranks if host == self.host)
         self.staging: Staging | None = None  # None: training waits for each save
