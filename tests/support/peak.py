@@ -25,7 +25,7 @@ def bytes_of(tensors: Any) -> int:
     return sum(t.numel() * t.itemsize for t in local)
 
 
-WITH_SCRATCH = ("aten::mm", "aten::addmm", "aten::addcmul_")
+WITH_SCRATCH = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::addcmul_")
 
 
 def measured_peak(model: torch.nn.Module, batch: Batch, trace: Path) -> int:
