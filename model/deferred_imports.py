@@ -21,6 +21,7 @@ Function = Callable[..., object]
 COMPILER = "torch._dynamo"
 DEFERRED = {
     f"{COMPILER}._trace_wrapped_higher_order_op": "masks of flex attention",
+    "torch.nn.attention.flex_attention": "flex attention itself, which is not used; imports sympy from torch 2.14 on",
     "torch.distributed.tensor": "tensor parallelism of transformers, which is not used; imports sympy",
     "torch.distributed.tensor._utils": "the same",
     "torch.distributed.tensor.placement_types": "the same",

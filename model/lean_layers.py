@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
-from types import FunctionType, SimpleNamespace
-from typing import Protocol
+from types import CellType, FunctionType, SimpleNamespace
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +175,7 @@ def _forward_for(kind: type[nn.Module], takes_silu: bool) -> Callable[..., objec
     plain = kind.forward
     if not isinstance(plain, FunctionType) or not plain.__module__.startswith("transformers."):
         return None
-    if ROTARY in plain.__code__.co_names:
+    if ROTARY in _innermost(plain).__code__.co_names:
         return _with_rotation(plain)
     if len(inspect.signature(plain).parameters) != 2:
         return None
@@ -189,7 +189,7 @@ def _forward_for(kind: type[nn.Module], takes_silu: bool) -> Callable[..., objec
 
 def _with_rotation(forward: FunctionType) -> Callable[..., object] | None:
     """Return the forward of an attention with our rotation, where its own computes the same."""
-    own = forward.__globals__.get(ROTARY)
+    own = _innermost(forward).__globals__.get(ROTARY)
     q, k, angles = probe_numbers(2, 4, 3, 8), probe_numbers(2, 2, 3, 8), probe_numbers(2, 3, 8)
     if not isinstance(own, FunctionType) or list(inspect.signature(own).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
         return None
@@ -200,9 +200,26 @@ def _with_rotation(forward: FunctionType) -> Callable[..., object] | None:
         one, other, cos, sin = (t.to(dtype) for t in (q, k, angles.cos(), angles.sin()))
         if not all(map(torch.equal, own(one, other, cos, sin), rotated(one, other, cos, sin))):
             return None
-    names = {**forward.__globals__, ROTARY: rotated}
-    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    made.__kwdefaults__ = forward.__kwdefaults__
+    return _with_name(forward, ROTARY, rotated)
+
+
+def _innermost(function: FunctionType) -> FunctionType:
+    """Return the function that decorators of `function` were put around, as transformers 5.24's of renamed arguments."""
+    return cast(FunctionType, inspect.unwrap(function))
+
+
+def _with_name(function: FunctionType, name: str, value: object) -> FunctionType:
+    """Copy a function so that `name` is `value` in it. Its decorators, if it has any, are put around the copy."""
+    names, cells, inner = function.__globals__, function.__closure__, getattr(function, "__wrapped__", None)
+    if inner is None:
+        names = {**names, name: value}
+    else:
+        copied = _with_name(inner, name, value)
+        cells = tuple(CellType(copied) if cell.cell_contents is inner else cell for cell in cells or ())
+    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    if inner is not None:
+        made.__wrapped__ = copied  # type: ignore[attr-defined]
     return made
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +26,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from model.lean_layers import make_lean
+from model.lean_layers import make_lean, rotated
 
 IDS = torch.tensor([[5, 9, 3, 17, 40, 41, 7], [8, 8, 60, 2, 33, 12, 19]])
 TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -85,6 +89,33 @@ def test_the_layers_of_a_family_that_are_taken(family: str) -> None:
     make_lean(lean)
     changed = {type(b).__name__ for a, b in zip(plain.modules(), lean.modules()) if type(a) is not type(b)}
     assert {name.replace(type(plain).__name__.removesuffix("ForCausalLM"), "") for name in changed} == FAMILIES[family][2]
+
+
+def test_an_attention_is_taken_through_its_decorators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.24 puts one around every attention, which renames an argument; what a decorator does is still done."""
+    calls = []
+
+    def counted(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(forward)
+            return forward(*args, **kwargs)
+
+        return call
+
+    plain, lean = made("qwen2"), made("qwen2")
+    before = Qwen2Attention.forward
+    monkeypatch.setattr(Qwen2Attention, "forward", counted(counted(before)))
+    make_lean(lean)
+    attention = next(m for m in lean.modules() if type(m).__name__ == "Qwen2Attention")
+    assert type(attention) is not Qwen2Attention
+    innermost = inspect.unwrap(type(attention).forward)
+    assert innermost.__globals__["apply_rotary_pos_emb"] is rotated  # type: ignore[attr-defined]
+    (found, _), again = backward(lean), len(calls)
+    monkeypatch.undo()
+    assert again == 4  # two layers, two decorators
+    assert torch.equal(found, backward(plain)[0])
+    assert inspect.unwrap(before).__globals__["apply_rotary_pos_emb"] is not rotated  # transformers' own is as it was
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])

@@ -95,7 +95,7 @@ def test_rows_of_the_vocabulary() -> None:
     assert VocabularyLayout(size=384).rows(320) == 384
 
 
-@pytest.mark.parametrize("kind", ["bloom", "xglm", "falcon", "gptj", "gpt_neox_japanese", "trocr", "mvp", "granite_swa"])
+@pytest.mark.parametrize("kind", ["bloom", "xglm", "falcon", "gpt_neox_japanese", "trocr", "mvp", "granite_swa"])
 def test_our_attention_is_refused_where_it_would_not_be_used(kind: str) -> None:
     """These would see the future without a mask, or fail with a KeyError."""
     with pytest.raises(ConfigError, match=r"model\.attention = 'sdpa': .* use model\.attention = 'eager'"):
