@@ -67,7 +67,7 @@ def default_sections(interleaved: bool) -> list[int]:
 def visual_part(source: Published) -> Json:
     """Return config.json of the tower."""
     whole: Any = source.whole
-    return {**nested_config(source, "vision_config"), "model_type": whole.vision_config.model_type}
+    return {**nested_config(source, "vision_config"), "model_type": type(whole.vision_config).model_type}
 
 
 def visual_settings(kind: str, stamps: tuple[str, ...]) -> Callable[[Published], Settings]:

@@ -112,12 +112,14 @@ def save_model(folder: Path, cls: Any, config: Any, hub: bool) -> None:
 
 
 def as_on_the_hub(folder: Path) -> None:
-    """CLIP and SigLIP towers have a module between in 4.x."""
+    """CLIP and SigLIP towers have a module between in 4.x; transformers 5.17 writes one too many into Qwen2-Audio."""
     file = folder / "model.safetensors"
     inner = ("embeddings.", "encoder.layers.", "pre_layrnorm.", "post_layernorm.", "head.")
     tensors = load_file(file)
     names = {
-        name: name.replace("vision_tower.", "vision_tower.vision_model.") if name[13:].startswith(inner) else name
+        name: name.replace("vision_tower.", "vision_tower.vision_model.")
+        if name[13:].startswith(inner)
+        else name.replace("language_model.model.model.", "language_model.model.")
         for name in tensors
     }
     if json.loads((folder / "config.json").read_text()).get("vision_config", {}).get("model_type") != "internvl_vision":
