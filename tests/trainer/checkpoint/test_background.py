@@ -30,6 +30,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.retention import checkpoints
 from trainer.distributed.world import World
 from trainer.errors import ProofError, SaveError
+from trainer.machine import memory_info
 from trainer.optim import Trained
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -180,7 +181,7 @@ def test_training_waits_for_a_save_that_the_memory_has_become_too_small_for(
     trained, checkpointer = many(ALONE, "many"), checkpointer_of(ALONE, tmp_path)
     checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
     for step, free in enumerate((1 << 40, 1000, 1 << 40)):
-        monkeypatch.setattr(staging, "free_beside_steps", lambda free=free: free)
+        monkeypatch.setattr(staging, "free_beside_steps", lambda _, free=free: free)
         checkpointer.expect()
         assert (staging_of(checkpointer).warming is None) == (free == 1000)  # it may end a process to take what is not there
         save(checkpointer, step, trained)
@@ -198,7 +199,7 @@ def test_memory_that_was_taken_before_the_save_is_not_asked_for_again(tmp_path: 
     trained, checkpointer = many(ALONE, "many"), checkpointer_of(ALONE, tmp_path)
     checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
     checkpointer.expect()
-    monkeypatch.setattr(staging, "free_beside_steps", lambda: 0)
+    monkeypatch.setattr(staging, "free_beside_steps", lambda _: 0)
     save(checkpointer, 1, trained)
     assert checkpointer.task
     checkpointer.wait()
@@ -212,7 +213,7 @@ def saves_with_memory(world: World, folder: Path, frees: list[list[int]]) -> lis
     with patch.object(staging, "LEAST_GIVEN_BACK", 100):
         checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
         for step, free in enumerate(frees):
-            with patch.object(staging, "free_beside_steps", lambda free=free: free[world.rank]):
+            with patch.object(staging, "free_beside_steps", lambda _, free=free: free[world.rank]):
                 save(checkpointer, step, trained)
             found.append((staging_of(checkpointer).is_held, checkpointer.task is not None))
             checkpointer.wait()
@@ -226,6 +227,30 @@ def test_ranks_ask_for_memory_together_though_only_one_gives_it_back(tmp_path: P
     assert ranks == [[(held, beside) for beside in (True, False, False, True)] for held in (False, True)]
     for step in range(4):
         verify(tmp_path / f"checkpoint-{step}")
+
+
+def saves_beside_steps(world: World, folder: Path, steps: list[int]) -> list[bool]:
+    """Whether saves were written beside training, where a step of a rank takes so much and 1000 bytes and a copy are free."""
+    trained, checkpointer = toy(world, "ddp"), checkpointer_of(world, folder)
+    found = []
+    with patch.object(staging, "LEAST_GIVEN_BACK", 100):
+        checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
+        assert checkpointer.memory
+        free = 1000 + int(checkpointer.memory.needed_on_host / staging.SHARE) + 1
+        for number, more in enumerate(steps):
+            with patch.object(memory_info, "usage", lambda _, more=more: memory_info.Usage(50, 50 + more, free, 1 << 40)):
+                checkpointer.expect()
+                held, warming = staging_of(checkpointer).is_held, staging_of(checkpointer).warming
+                assert bool(warming) == (not held and world.size * more <= 1000)
+                save(checkpointer, number, trained)
+            found.append(checkpointer.task is not None)
+            checkpointer.wait()
+    return found
+
+
+def test_a_step_of_every_rank_of_a_host_is_left_its_memory(tmp_path: Path) -> None:
+    assert run_ranks(saves_beside_steps, 2, tmp_path / "two", [500, 510, 1000]) == [[True, False, False]] * 2
+    assert run_ranks(saves_beside_steps, 1, tmp_path / "one", [500, 1000, 1010]) == [[True, True, False]]
 
 
 def staging_of(checkpointer: Checkpointer) -> staging.Staging:
