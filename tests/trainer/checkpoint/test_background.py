@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -204,6 +205,71 @@ def test_memory_that_was_taken_before_the_save_is_not_asked_for_again(tmp_path: 
     assert checkpointer.task
     checkpointer.wait()
     verify(tmp_path / "checkpoint-1")
+
+
+def touch_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory comes late, and all of it is zero then."""
+    touch = staging.Staging._touch
+
+    def slow(self: staging.Staging) -> None:
+        time.sleep(0.2)
+        touch(self)
+        self.buffer.zero_()
+
+    monkeypatch.setattr(staging.Staging, "_touch", slow)
+
+
+def test_a_save_waits_for_memory_that_is_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "LEAST_GIVEN_BACK", 0)
+    trained, checkpointer, gate = many(ALONE, "many"), checkpointer_of(ALONE, tmp_path), Gate(monkeypatch)
+    checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
+    touch_slowly(monkeypatch)
+    checkpointer.expect()
+    save(checkpointer, 1, trained)
+    time.sleep(0.3)
+    gate.opened.set()
+    checkpointer.wait()
+    found = load_file(tmp_path / "checkpoint-1" / "rank-00000-of-00001.safetensors")
+    assert all(torch.equal(found[f"weights/{name}"], parameter) for name, parameter in trained.parameters.items())
+
+
+def test_memory_that_a_save_under_way_is_read_from_is_not_taken_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "LEAST_GIVEN_BACK", 0)
+    trained, checkpointer, gate = many(ALONE, "many"), checkpointer_of(ALONE, tmp_path), Gate(monkeypatch)
+    save(checkpointer, 1, trained)
+    assert not gate.opened.is_set()
+    checkpointer.expect()
+    assert staging_of(checkpointer).warming is None
+    gate.opened.set()
+    checkpointer.wait()
+    found = load_file(tmp_path / "checkpoint-1" / "rank-00000-of-00001.safetensors")
+    assert all(torch.equal(found[f"weights/{name}"], parameter) for name, parameter in trained.parameters.items())
+
+
+def test_memory_is_given_back_where_another_rank_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was on its way already: that of a step before a save which training then waits for."""
+    monkeypatch.setattr(staging, "LEAST_GIVEN_BACK", 0)
+    touch_slowly(monkeypatch)
+    other = ["there", 50, 0]
+    world = SimpleNamespace(rank=0, device=torch.device("cpu"), is_main=False, gather_json=lambda own: [own, other])
+    memory = staging.SaveMemory(world, [("here", 1 << 20, 1 << 40), ("there", 50, 1 << 40)])  # type: ignore[arg-type]
+    assert memory.staging
+    memory.expect()
+    warming = memory.staging.warming
+    assert warming and memory.staging.still_needed == 0
+    assert memory.of_next_save() is None
+    assert not warming.is_alive() and memory.staging.still_needed == 1 << 20
+
+
+def test_memory_is_expected_where_the_host_has_it_for_all_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "LEAST_GIVEN_BACK", 0)
+    monkeypatch.setattr(staging, "free_beside_steps", lambda _: 150)
+    for other in ("here", "there"):
+        memory = staging.SaveMemory(ALONE, [("here", 100, 1 << 40), (other, 100, 1 << 40)])
+        memory.expect()
+        assert memory.staging and bool(memory.staging.warming) == (other == "there")
 
 
 def saves_with_memory(world: World, folder: Path, frees: list[list[int]]) -> list[tuple[bool, bool]]:
