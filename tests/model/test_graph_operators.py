@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from model.llm.attention import causal_attention
+from model.llm.cpu_kernel import takes_cpu_kernel
 from model.llm.packed_operator import SegmentOptions, attend
 from model.vision.segment_operator import attend_by_runs, attend_in_graph
 
@@ -78,6 +79,12 @@ def test_operators_describe_their_results_to_a_compiler(dtype: torch.dtype) -> N
 
 def check(operator: torch._ops.OpOverload, *inputs: object) -> None:
     torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(torch.int32, "cpu"), (torch.float32, "meta")])
+def test_the_kernel_of_a_cpu_is_for_its_numbers_alone(dtype: torch.dtype, device: str) -> None:
+    query, value = (torch.zeros(1, 2, 3, 8, dtype=dtype, device=device) for _ in range(2))
+    assert not takes_cpu_kernel(query, value) and takes_cpu_kernel(made(2), made(2))
 
 
 def test_patches_whose_values_are_narrower_have_no_kernel() -> None:

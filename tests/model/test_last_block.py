@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble
 from model.card import make_card
 from model.config import LlmConfig, LoraConfig, ModelConfig
-from model.last_block import make_last_block_selective
+from model.last_block import _is_standard, _selective, make_last_block_selective, standard_block
 from model.llm.causal_lm import VocabularyLayout, blocks
 from model.loss import Term
 from model.multimodal import MultimodalLM
@@ -180,12 +181,14 @@ def decoder() -> nn.Module:
 
 
 def test_a_block_that_somebody_hooks_or_that_differs_is_left_alone() -> None:
-    hooked, other, extended = decoder(), decoder(), decoder()
+    hooked, read, other, scaled, extended = (decoder() for _ in range(5))
     blocks(hooked)[-1].register_forward_hook(lambda module, args, out: out)
+    blocks(read)[-1].register_forward_pre_hook(lambda module, args: None)
     blocks(other)[-1].mlp = nn.Sequential(nn.Conv1d(2, 2, 1))
+    blocks(scaled)[-1].mlp.scale = nn.Parameter(torch.ones(SIZES["hidden_size"]))  # type: ignore[union-attr]
     extended.late = nn.Identity()
     mixture = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2)).model
-    for model in (hooked, other, extended, mixture, nn.Linear(2, 2)):
+    for model in (hooked, read, other, scaled, extended, mixture, nn.Linear(2, 2)):
         kinds = [type(module) for module in model.modules()]
         assert not make_last_block_selective(model)
         assert [type(module) for module in model.modules()] == kinds
@@ -193,6 +196,37 @@ def test_a_block_that_somebody_hooks_or_that_differs_is_left_alone() -> None:
     assert make_last_block_selective(taken)
     assert [type(block) is LlamaDecoderLayer for block in blocks(taken)] == [True, False]
     assert type(blocks(taken)[-1]).__name__ == "LlamaDecoderLayer"
+
+
+def block_class(body: Callable[..., Tensor], module: str = "transformers.models") -> type[nn.Module]:
+    body.__module__ = module
+    return type("Block", (nn.Module,), {"forward": body})
+
+
+def test_a_class_is_taken_that_computes_the_same_and_hands_attention_all_it_is_given() -> None:
+    def standard(self: Any, hidden_states: Tensor, mask: Any = None, **options: Any) -> Tensor:
+        return standard_block(self, hidden_states, None, mask=mask, **options)
+
+    def without_mask(self: Any, hidden_states: Tensor, mask: Any = None, **options: Any) -> Tensor:
+        return standard_block(self, hidden_states, None, **options)
+
+    def named_alone(self: Any, hidden_states: Tensor, mask: Any = None, **options: Any) -> Tensor:
+        return standard_block(self, hidden_states, None, mask=mask)
+
+    def halved(self: Any, hidden_states: Tensor, mask: Any = None, **options: Any) -> Tensor:
+        return standard(self, hidden_states, mask, **options) / 2
+
+    assert _is_standard(block_class(standard))
+    assert not any(_is_standard(block_class(body)) for body in (without_mask, named_alone, halved))
+    assert not _is_standard(block_class(standard, "remote.code"))
+
+
+def test_a_block_that_is_given_options_by_their_places_computes_all_rows() -> None:
+    def plain(self: Any, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        return hidden_states * mask
+
+    x, mask = torch.ones(2, 3, 4), torch.arange(4.0)
+    assert torch.equal(_selective(plain)(nn.Module(), x, mask, supervised_rows=torch.tensor([1])), x * mask)  # type: ignore[arg-type]
 
 
 def sharded_steps(world: World, folder: Path) -> list[dict[str, Tensor]]:

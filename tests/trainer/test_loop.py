@@ -21,7 +21,7 @@ from tests.support.resume import cut
 from tests.support.runs import start, start_alone
 from tests.support.trainable import ALONE, build
 from tools.bench_step import Counter, hidden_syncs
-from trainer import metrics
+from trainer import loop, metrics
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config import OptimConfig
 from trainer.distributed.blocks import checkpoint_activations
@@ -108,7 +108,7 @@ def test_the_log_for_other_scripts_makes_every_line_once(tmp_path: Path, monkeyp
 
 
 def saves_of_a_run(world: World, parts: Path, folder: Path) -> list[str | int]:
-    """Return what the loop told the checkpointer, in order: saves by their step."""
+    """Return what the loop told the checkpointer, in order: saves by their step; and after what it told, the steps it made."""
     told: list[str | int] = []
     expect, save = Checkpointer.expect, Checkpointer.save
 
@@ -116,17 +116,24 @@ def saves_of_a_run(world: World, parts: Path, folder: Path) -> list[str | int]:
         told.append("expect")
         expect(self)
 
+    def stepped(*options: Any) -> Any:
+        told.append("step")
+        return train_step(*options)
+
     def saved(self: Checkpointer, step: int, *more: Any) -> Path:
         told.append(step)
         return save(self, step, *more)
 
-    with patch.object(Checkpointer, "expect", expected), patch.object(Checkpointer, "save", saved):
+    steps = patch.object(loop, "train_step", stepped)
+    with steps, patch.object(Checkpointer, "expect", expected), patch.object(Checkpointer, "save", saved):
         assert start(world, parts, folder, {"checkpoint": {"every": 4}}).code == 0
     return told
 
 
 def test_memory_for_a_save_is_asked_for_before_the_step_that_the_save_follows(parts: Path, tmp_path: Path) -> None:
-    assert run_ranks(saves_of_a_run, 1, parts, tmp_path / "run") == [["expect", 4, "expect", 6]]
+    assert run_ranks(saves_of_a_run, 1, parts, tmp_path / "run") == [
+        [*["step"] * 3, "expect", "step", 4, "step", "expect", "step", 6]
+    ]
 
 
 def test_tokens_are_counted_per_source_and_go_on_after_a_resume(parts: Path, tmp_path: Path) -> None:

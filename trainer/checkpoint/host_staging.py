@@ -168,7 +168,8 @@ class SaveMemory:
     def __init__(self, world: World, ranks: list[tuple[str, int, int]]) -> None:
         """Take memory, or say why not. `ranks`: (host, bytes that a copy takes, bytes free) of every rank, in their order."""
         self.world, (self.host, needed, _) = world, ranks[world.rank]
-        self.needed_on_host = sum(need for host, need, _ in ranks if host == self.host)
+        beside = [need for host, need, _ in ranks if host == self.host]
+        self.needed_on_host, self.num_ranks = sum(beside), len(beside)  # of this host
         self.staging: Staging | None = None  # None: training waits for each save
         short = short_of_memory(ranks)
         # The same on every rank, though of some the copy is so small that they hold it.
@@ -182,7 +183,9 @@ class SaveMemory:
 
     def expect(self) -> None:
         """Get the memory of the save that follows the next step, beside that step, if this host has it. No collective."""
-        if self.asks and self.staging and not short_of_memory([(self.host, self.needed_on_host, free_beside_steps())]):
+        if not self.asks or self.staging is None:
+            return
+        if not short_of_memory([(self.host, self.needed_on_host, free_beside_steps(self.num_ranks))]):
             self.staging.warm()
 
     def of_next_save(self) -> Staging | None:
@@ -193,7 +196,7 @@ class SaveMemory:
         if not self.asks:
             return self.staging
         needed = self.staging.still_needed if self.staging else 0
-        answers = self.world.gather_json([self.host, needed, free_beside_steps()])
+        answers = self.world.gather_json([self.host, needed, free_beside_steps(self.num_ranks)])
         short = short_of_memory([(host, need, free) for host, need, free in answers])
         if not short:
             return self.staging

@@ -58,10 +58,13 @@ def available_bytes() -> int:
     return usage(torch.device("cpu")).free or 1 << 62
 
 
-def free_beside_steps() -> int:
-    """Return the host memory that is free beside what this process held at its peak, which its next step takes again."""
+def free_beside_steps(num_processes: int) -> int:
+    """Return the host memory that is free beside what this process held at its peak, which its next step takes again.
+
+    `num_processes`: how many of this host take a step at the same time, each as much as this one.
+    """
     used = usage(torch.device("cpu"))
-    return max(0, available_bytes() - (used.peak - used.now))
+    return max(0, available_bytes() - num_processes * (used.peak - used.now))
 
 
 def total_memory(device: torch.device) -> int:

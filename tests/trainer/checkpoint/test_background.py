@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -30,6 +31,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.retention import checkpoints
 from trainer.distributed.world import World
 from trainer.errors import ProofError, SaveError
+from trainer.machine import memory_info
 from trainer.optim import Trained
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -180,7 +182,7 @@ def test_training_waits_for_a_save_that_the_memory_has_become_too_small_for(
     trained, checkpointer = many(ALONE, "many"), checkpointer_of(ALONE, tmp_path)
     checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
     for step, free in enumerate((1 << 40, 1000, 1 << 40)):
-        monkeypatch.setattr(staging, "free_beside_steps", lambda free=free: free)
+        monkeypatch.setattr(staging, "free_beside_steps", lambda _, free=free: free)
         checkpointer.expect()
         assert (staging_of(checkpointer).warming is None) == (free == 1000)  # it may end a process to take what is not there
         save(checkpointer, step, trained)
@@ -198,11 +200,76 @@ def test_memory_that_was_taken_before_the_save_is_not_asked_for_again(tmp_path: 
     trained, checkpointer = many(ALONE, "many"), checkpointer_of(ALONE, tmp_path)
     checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
     checkpointer.expect()
-    monkeypatch.setattr(staging, "free_beside_steps", lambda: 0)
+    monkeypatch.setattr(staging, "free_beside_steps", lambda _: 0)
     save(checkpointer, 1, trained)
     assert checkpointer.task
     checkpointer.wait()
     verify(tmp_path / "checkpoint-1")
+
+
+def touch_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory comes late, and all of it is zero then."""
+    touch = staging.Staging._touch
+
+    def slow(self: staging.Staging) -> None:
+        time.sleep(0.2)
+        touch(self)
+        self.buffer.zero_()
+
+    monkeypatch.setattr(staging.Staging, "_touch", slow)
+
+
+def test_a_save_waits_for_memory_that_is_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "LEAST_GIVEN_BACK", 0)
+    trained, checkpointer, gate = many(ALONE, "many"), checkpointer_of(ALONE, tmp_path), Gate(monkeypatch)
+    checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
+    touch_slowly(monkeypatch)
+    checkpointer.expect()
+    save(checkpointer, 1, trained)
+    time.sleep(0.3)
+    gate.opened.set()
+    checkpointer.wait()
+    found = load_file(tmp_path / "checkpoint-1" / "rank-00000-of-00001.safetensors")
+    assert all(torch.equal(found[f"weights/{name}"], parameter) for name, parameter in trained.parameters.items())
+
+
+def test_memory_that_a_save_under_way_is_read_from_is_not_taken_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "LEAST_GIVEN_BACK", 0)
+    trained, checkpointer, gate = many(ALONE, "many"), checkpointer_of(ALONE, tmp_path), Gate(monkeypatch)
+    save(checkpointer, 1, trained)
+    assert not gate.opened.is_set()
+    checkpointer.expect()
+    assert staging_of(checkpointer).warming is None
+    gate.opened.set()
+    checkpointer.wait()
+    found = load_file(tmp_path / "checkpoint-1" / "rank-00000-of-00001.safetensors")
+    assert all(torch.equal(found[f"weights/{name}"], parameter) for name, parameter in trained.parameters.items())
+
+
+def test_memory_is_given_back_where_another_rank_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was on its way already: that of a step before a save which training then waits for."""
+    monkeypatch.setattr(staging, "LEAST_GIVEN_BACK", 0)
+    touch_slowly(monkeypatch)
+    other = ["there", 50, 0]
+    world = SimpleNamespace(rank=0, device=torch.device("cpu"), is_main=False, gather_json=lambda own: [own, other])
+    memory = staging.SaveMemory(world, [("here", 1 << 20, 1 << 40), ("there", 50, 1 << 40)])  # type: ignore[arg-type]
+    assert memory.staging
+    memory.expect()
+    warming = memory.staging.warming
+    assert warming and memory.staging.still_needed == 0
+    assert memory.of_next_save() is None
+    assert not warming.is_alive() and memory.staging.still_needed == 1 << 20
+
+
+def test_memory_is_expected_where_the_host_has_it_for_all_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "LEAST_GIVEN_BACK", 0)
+    monkeypatch.setattr(staging, "free_beside_steps", lambda _: 150)
+    for other in ("here", "there"):
+        memory = staging.SaveMemory(ALONE, [("here", 100, 1 << 40), (other, 100, 1 << 40)])
+        memory.expect()
+        assert memory.staging and bool(memory.staging.warming) == (other == "there")
 
 
 def saves_with_memory(world: World, folder: Path, frees: list[list[int]]) -> list[tuple[bool, bool]]:
@@ -212,7 +279,7 @@ def saves_with_memory(world: World, folder: Path, frees: list[list[int]]) -> lis
     with patch.object(staging, "LEAST_GIVEN_BACK", 100):
         checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
         for step, free in enumerate(frees):
-            with patch.object(staging, "free_beside_steps", lambda free=free: free[world.rank]):
+            with patch.object(staging, "free_beside_steps", lambda _, free=free: free[world.rank]):
                 save(checkpointer, step, trained)
             found.append((staging_of(checkpointer).is_held, checkpointer.task is not None))
             checkpointer.wait()
@@ -226,6 +293,30 @@ def test_ranks_ask_for_memory_together_though_only_one_gives_it_back(tmp_path: P
     assert ranks == [[(held, beside) for beside in (True, False, False, True)] for held in (False, True)]
     for step in range(4):
         verify(tmp_path / f"checkpoint-{step}")
+
+
+def saves_beside_steps(world: World, folder: Path, steps: list[int]) -> list[bool]:
+    """Whether saves were written beside training, where a step of a rank takes so much and 1000 bytes and a copy are free."""
+    trained, checkpointer = toy(world, "ddp"), checkpointer_of(world, folder)
+    found = []
+    with patch.object(staging, "LEAST_GIVEN_BACK", 100):
+        checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
+        assert checkpointer.memory
+        free = 1000 + int(checkpointer.memory.needed_on_host / staging.SHARE) + 1
+        for number, more in enumerate(steps):
+            with patch.object(memory_info, "usage", lambda _, more=more: memory_info.Usage(50, 50 + more, free, 1 << 40)):
+                checkpointer.expect()
+                held, warming = staging_of(checkpointer).is_held, staging_of(checkpointer).warming
+                assert bool(warming) == (not held and world.size * more <= 1000)
+                save(checkpointer, number, trained)
+            found.append(checkpointer.task is not None)
+            checkpointer.wait()
+    return found
+
+
+def test_a_step_of_every_rank_of_a_host_is_left_its_memory(tmp_path: Path) -> None:
+    assert run_ranks(saves_beside_steps, 2, tmp_path / "two", [500, 510, 1000]) == [[True, False, False]] * 2
+    assert run_ranks(saves_beside_steps, 1, tmp_path / "one", [500, 1000, 1010]) == [[True, True, False]]
 
 
 def staging_of(checkpointer: Checkpointer) -> staging.Staging:

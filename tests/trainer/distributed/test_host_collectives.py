@@ -13,7 +13,7 @@ from model.files.shards import local
 from tests.support.equivalence import WHOLE, config_of, take_steps
 from tests.support.ranks import run_ranks
 from trainer.distributed import host_collectives, shards
-from trainer.distributed.host_collectives import GatherByBroadcast, ReduceByExchange
+from trainer.distributed.host_collectives import GatherByBroadcast, HostBuffers, ReduceByExchange
 from trainer.distributed.world import World
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def numbers(rank: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Numbers of a rank whose sum over three ranks depends on the order, but for integers."""
+    """Numbers of a rank whose sum over four ranks depends on the order, but for integers."""
     return (torch.randn(size, generator=torch.Generator().manual_seed(rank)) * 10**rank).abs().to(dtype)
 
 
@@ -48,12 +48,14 @@ def gathered_and_reduced(world: World) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def test_values_are_those_of_all_ranks_in_their_order() -> None:
-    for rank, answers in enumerate(run_ranks(gathered_and_reduced, 3)):
+    parts = [numbers(rank, 16, torch.float32) for rank in range(4)]
+    assert not torch.equal(sum(parts[1:], parts[0]), sum([parts[1], *parts[:1:-1]], parts[0]))
+    for rank, answers in enumerate(run_ranks(gathered_and_reduced, 4)):
         for dtype, (inside, elsewhere, total) in zip(KINDS, answers):
-            expected = torch.cat([numbers(r, 5, dtype) for r in range(3)])
+            expected = torch.cat([numbers(r, 5, dtype) for r in range(4)])
             assert torch.equal(inside, expected) and torch.equal(elsewhere, expected), dtype
-            first, second, third = (numbers(r, 12, dtype)[4 * rank : 4 * rank + 4] for r in range(3))
-            assert torch.equal(total, first + second + third), dtype
+            first, second, third, fourth = (numbers(r, 16, dtype)[4 * rank : 4 * rank + 4] for r in range(4))
+            assert torch.equal(total, first + second + third + fourth), dtype
 
 
 def memory_of_rounds(world: World, limit: int) -> list[int]:
@@ -75,6 +77,16 @@ def memory_of_rounds(world: World, limit: int) -> list[int]:
 @pytest.mark.parametrize(("limit", "expected"), [(32, [1, 2, 4, 7]), (31, [4, 4, 4, 12])])
 def test_small_buffers_are_kept_and_no_output_is(limit: int, expected: list[int]) -> None:
     assert run_ranks(memory_of_rounds, 2, limit) == [expected] * 2
+
+
+def test_a_kept_buffer_is_given_for_its_size_and_type_and_for_those_of_the_last_call_alone() -> None:
+    buffers = HostBuffers()
+    first, second = (buffers.allocate((size,), dtype=torch.float32, device=CPU) for size in (4, 6))
+    buffers.keep(first)
+    assert buffers.allocate((4,), dtype=torch.int32, device=CPU).dtype == torch.int32
+    buffers.keep(second)
+    assert buffers.allocate((4,), dtype=torch.float32, device=CPU) is not first
+    assert buffers.allocate((6,), dtype=torch.float32, device=CPU) is second
 
 
 def gathered_in_inference_mode(world: World) -> bool:
