@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from model.files.shards import ShardPlan, local, plan_shard, write_chunks
 from trainer.distributed.world import World
-from trainer.machine.memory_info import free_beside_steps
+from trainer.machine.memory_info import free_beside_steps, usage
 
 SMALL = 1 << 20
 """Tensors of fewer bytes are copied in groups: thousands of them, as in LoRA, would cost more in calls than in copying."""
@@ -171,6 +171,7 @@ class SaveMemory:
         beside = [need for host, need, _ in ranks if host == self.host]
         self.needed_on_host, self.num_ranks = sum(beside), len(beside)  # of this host
         self.staging: Staging | None = None  # None: training waits for each save
+        self.step_peak, self.has_copied = 0, False  # the most this rank held without a copy, in bytes; whether it ever held one
         short = short_of_memory(ranks)
         # The same on every rank, though of some the copy is so small that they hold it.
         self.asks = not short and world.device.type == "cpu" and max(need for _, need, _ in ranks) >= LEAST_GIVEN_BACK
@@ -185,8 +186,9 @@ class SaveMemory:
         """Get the memory of the save that follows the next step, beside that step, if this host has it. No collective."""
         if not self.asks or self.staging is None:
             return
-        if not short_of_memory([(self.host, self.needed_on_host, free_beside_steps(self.num_ranks))]):
+        if not short_of_memory([(self.host, self.needed_on_host, self._free_beside_steps())]):
             self.staging.warm()
+            self.has_copied = True
 
     def of_next_save(self) -> Staging | None:
         """Return the memory of a save; None where training waits for it.
@@ -196,14 +198,22 @@ class SaveMemory:
         if not self.asks:
             return self.staging
         needed = self.staging.still_needed if self.staging else 0
-        answers = self.world.gather_json([self.host, needed, free_beside_steps(self.num_ranks)])
+        answers = self.world.gather_json([self.host, needed, self._free_beside_steps()])
         short = short_of_memory([(host, need, free) for host, need, free in answers])
         if not short:
+            self.has_copied = True
             return self.staging
         self.release()
         if self.world.is_main:
             tqdm.write(f"save      training waits while this checkpoint is written: {short}")
         return None
+
+    def _free_beside_steps(self) -> int:
+        """Return the bytes of this host that its ranks' steps leave free. A copy held at the peak is none of a step's."""
+        needed = self.staging.buffer.numel() if self.staging and not self.staging.is_held else 0
+        held = needed - (self.staging.still_needed if self.staging else 0)
+        self.step_peak = max(self.step_peak, usage(torch.device("cpu")).peak - (needed if self.has_copied else 0))
+        return free_beside_steps(self.num_ranks, self.step_peak, held)
 
     def release(self) -> None:
         """Give back what is not held, once a save is written."""

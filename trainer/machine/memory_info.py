@@ -58,13 +58,14 @@ def available_bytes() -> int:
     return usage(torch.device("cpu")).free or 1 << 62
 
 
-def free_beside_steps(num_processes: int) -> int:
-    """Return the host memory that is free beside what this process held at its peak, which its next step takes again.
+def free_beside_steps(num_processes: int, step_peak: int, held: int) -> int:
+    """Return the host memory, in bytes, that is free beside what steps take again.
 
-    `num_processes`: how many of this host take a step at the same time, each as much as this one.
+    `num_processes`: how many of this host take a step at the same time, each as much as this one; `step_peak`: the most that this
+    one held in steps; `held`: what it uses now and no step takes.
     """
     used = usage(torch.device("cpu"))
-    return max(0, available_bytes() - num_processes * (used.peak - used.now))
+    return max(0, available_bytes() - num_processes * max(0, step_peak - (used.now - held)))
 
 
 def total_memory(device: torch.device) -> int:
