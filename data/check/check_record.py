@@ -100,11 +100,19 @@ def check_records(
         read = _read(dataset, i)
         works.append(_steps(dataset, i, read, depth, on_media))
         if isinstance(read, Record):
-            characters += sum([len(turn.content) for turn in read.turns]) + sum([len(ref.path) for ref in read.media])
+            characters += _size(read)
         if len(works) == TOGETHER or characters > TOGETHER_CHARACTERS:
             yield from take_together(works)
             works, characters = [], 0
     yield from take_together(works)
+
+
+def _size(record: Record) -> int:
+    """Return about how many characters of text a record holds."""
+    turns = record.turns + record.rejected
+    rare = [turn.extra for turn in turns if turn.extra] + [*record.tools]  # thoughts, calls of tools
+    paths = sum([len(ref.path) for ref in record.media])
+    return sum([len(turn.content) for turn in turns]) + paths + sum(map(len, map(repr, rare)))
 
 
 def _read(dataset: MultimodalDataset, i: int) -> Record | Problem:

@@ -32,7 +32,7 @@ from data.check.report import percentiles, summarise_source, summary_lines
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Rejected, open_dataset
 from data.media.record_media import RecordMedia
-from data.records.record import Record
+from data.records.record import Record, Turn
 from data.sample import Sample
 from data.text.template import load_template
 from model.media_spec import AudioSpec
@@ -102,6 +102,20 @@ def test_few_large_records_are_held_at_a_time(tmp_path: Path, monkeypatch: pytes
     taken: list[int] = []
     found = check_records(data, (taken.append(i) or i for i in range(6)))
     assert [(one.problems, len(taken)) for one in found] == [((), size) for size in (2, 2, 5, 5, 5, 6)]
+
+
+LONG = "x" * 60
+LARGE = {
+    "a turn": Record("a", (Turn("user", LONG),), (), "mix:1"),
+    "the answer that is not preferred": Record("a", (Turn("user", "Hi"),), (), "mix:1", rejected=(Turn("assistant", LONG),)),
+    "a thought": Record("a", (Turn("assistant", "Hi", extra={"reasoning_content": LONG}),), (), "mix:1"),
+    "a tool": Record("a", (Turn("user", "Hi"),), (), "mix:1", tools=({"description": LONG},)),
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_all_text_of_a_record_makes_it_large(what: str) -> None:
+    assert 60 <= check._size(LARGE[what]) < 100
 
 
 def test_media_of_records_that_wait_are_not_held(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
