@@ -472,7 +472,15 @@ def test_a_medium_under_a_key_that_is_not_read_is_never_passed_over(kind: str, k
 
 
 def test_keys_near_those_of_media_that_hold_none_are_notes() -> None:
-    near = {"image_id": "17", "img_size": "big", "image": None, "video_length": 3, "audio_state": None, "picture_count": 2, "url": "x"}
+    near = {
+        "image_id": "17",
+        "img_size": "big",
+        "image": None,
+        "video_length": 3,
+        "audio_state": None,
+        "picture_count": 2,
+        "url": "x",
+    }
     empty = {"img": "", "image_path": None, "pictures": [], "wav": {}, "photo": 3, "sound": True}
     assert parse(chat(ASK, ANSWER, **near, **empty), "m.json:1") == parse(chat(ASK, ANSWER), "m.json:1")
 
