@@ -165,8 +165,10 @@ def _optimizer(prepared: PreparedRun) -> list[str]:
 
 def describe_workers(num_workers: int, num_cpus: int) -> list[str]:
     """Describe the data workers of a rank where they are more than the processors that it may use."""
-    few = f"workers   data.workers = {num_workers} per rank, and rank 0 may use {num_cpus} processor(s): workers beyond those take turns"
-    return [few] if num_workers > num_cpus else []
+    if num_workers <= num_cpus:
+        return []
+    told = f"data.workers = {num_workers} per rank, and rank 0 may use {num_cpus} processor(s): workers beyond those take turns"
+    return [f"workers   {told}"]
 
 
 def describe_sharing(config: ParallelConfig, num_ranks: int) -> str:
