@@ -83,10 +83,10 @@ def media_by_kind(raw: Json, inline: list[MediaRef]) -> dict[str, list[MediaRef]
 def _check_other_keys(raw: Json, found: dict[str, list[MediaRef]]) -> None:
     """Raise `FieldError` for a key that holds the record's only media of a kind, and that is not read here."""
     for key, value in raw.items():
-        kind = _OTHER_KEYS.get(key.lower())
+        kind = _OTHER_KEYS.get(str(key).lower())
         if kind is None or key in _KIND_OF or found[kind]:
             continue
-        if isinstance(value, str | bytes | list | dict) and not is_absent(value):
+        if not isinstance(value, bool | int | float) and not is_absent(value):
             raise FieldError(key, f"is not read here, and the record has no {kind!r}; write it under that key, or remove it")
 
 

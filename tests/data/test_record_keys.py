@@ -449,7 +449,7 @@ def test_a_part_of_a_video_is_never_passed_over(key: str) -> None:
 PICTURE_KEYS = ("img", "imgs", "image_path", "image_paths", "images_path", "image_file", "img_path", "picture", "photos", "Image")
 
 
-@pytest.mark.parametrize("value", ["a.png", ["a.png", "b.png"], {"path": "a.png"}, {"bytes": "AAAA"}, b"\x89PNG"])
+@pytest.mark.parametrize("value", ["a.png", ["a.png", "b.png"], {"path": "a.png"}, {"bytes": "AAAA"}, b"\x89PNG", object()])
 @pytest.mark.parametrize(
     ("kind", "key"),
     [
