@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -198,6 +199,7 @@ def _load(
     made: _MicroBatches, shares: Iterable[_Share], options: LoadOptions, ahead: int | None = None
 ) -> Iterator[list[MicroBatch]]:
     """Load the micro-batches of each share in order, raising the errors that come as values."""
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # the start says it in the words of the settings
     loader = DataLoader(
         made,
         batch_size=None,

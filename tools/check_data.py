@@ -26,7 +26,7 @@ from data.dataset import MultimodalDataset
 from model.errors import ConfigError, DataError
 from model.files.untrusted import Json
 from tools.clean_copy import check_target, write_clean
-from tools.cli import check_positive, command_parser, printable_lines, run_command
+from tools.cli import check_named, check_positive, command_parser, printable_lines, run_command
 from trainer.checkpoint.retention import checkpoints
 from trainer.config import RunConfig
 from trainer.distributed.world import World
@@ -50,8 +50,10 @@ MATCHES = {
 
 def check(options: argparse.Namespace) -> None:
     check_positive(options, "workers")
+    check_named("--out", options.out, is_folder=True)
     if options.write_clean:
         check_target(Path(options.write_clean))
+        check_named("--write-clean", options.write_clean, is_folder=True)
     stage = stage_for_reading(load_config(options.cfg, options.overrides), options.stage)
     config = stage.config
     datasets = open_datasets(stage)

@@ -18,14 +18,13 @@ import math
 import os
 import sys
 import time
-from pathlib import Path
 from typing import TextIO
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from model.errors import ConfigError
-from tools.cli import command_parser, printable_lines, run_command
+from tools.cli import check_named, command_parser, printable_lines, run_command, write_named
 from tools.devicechecks.outcome import Check, ReportRow
 from tools.devicechecks.registry import all_checks
 from tools.devicechecks.report import report_json, row_lines, summary
@@ -51,9 +50,7 @@ def check_device(options: argparse.Namespace) -> list[ReportRow]:
         raise ConfigError(f"--minutes {options.minutes} is not a positive number")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; --device cpu --tiny runs what can be checked without one")
-    target = Path(options.json)
-    if not target.parent.is_dir():
-        raise ConfigError(f"--json {options.json}: there is no folder {str(target.parent)!r}")
+    check_named("--json", options.json)
     outcomes: list[ReportRow] = []
 
     def on_outcome(outcome: ReportRow) -> None:
@@ -65,8 +62,8 @@ def check_device(options: argparse.Namespace) -> list[ReportRow]:
     command += ["--until", str(began + 60 * options.minutes), *(["--tiny"] if options.tiny else [])]
     run_apart(checks, command, on_outcome, 1.0 if options.device == "cuda" else CPU_PATIENCE)
     value = report_json(outcomes, options.device, time.time() - began, tiny=options.tiny)
-    target.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    print(f"{summary(outcomes)}; {time.time() - began:.0f} s; {target}")
+    write_named("--json", options.json, json.dumps(value, indent=1) + "\n")
+    print(f"{summary(outcomes)}; {time.time() - began:.0f} s; {options.json}")
     return outcomes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -52,6 +53,28 @@ def check_positive(options: argparse.Namespace, *names: str) -> None:
 def printable_lines(text: str) -> str:
     """Return the text made safe for a terminal, with its line breaks: records and models could hold control sequences."""
     return fields.printable(text, keep="\n\t")
+
+
+def check_named(option: str, path: str | Path | None, is_folder: bool = False) -> None:
+    """Raise `ConfigError` for a file or folder, named by an option, that cannot be written: before the work, not behind it.
+
+    Nothing is touched. None or "": the option is not given. A folder may lack the ones above it, a file may not.
+    """
+    if not path:
+        return
+    path = Path(path)
+    at = path if path.exists() else path.parent
+    while is_folder and not at.exists():
+        at = at.parent
+    if path.exists() and path.is_dir() != is_folder:
+        why = errno.ENOTDIR if is_folder else errno.EISDIR
+    elif not path.exists() and not at.is_dir():
+        why = errno.ENOTDIR if at.exists() else errno.ENOENT
+    elif not os.access(at, os.W_OK):
+        why = errno.EACCES
+    else:
+        return
+    raise ConfigError(f"{option} {str(path)!r} cannot be written: {os.strerror(why)}")
 
 
 def write_named(option: str, path: str | Path, text: str) -> None:

@@ -26,7 +26,7 @@ from data.processor import Processor, load_processor
 from data.records.record import Record, parse
 from model.errors import ConfigError
 from model.multimodal import MultimodalLM
-from tools.cli import check_positive, command_parser, run_command, write_named
+from tools.cli import check_named, check_positive, command_parser, run_command, write_named
 from tools.evaluation.answer_formats import FORMATS, format_answers
 from tools.evaluation.answering import Answered, Totals, answers, open_records
 from tools.evaluation.preferring import Pair, compare_answers, preference_result
@@ -41,6 +41,9 @@ __all__ = ["Answered", "Totals", "answers", "evaluate", "main"]
 def evaluate(options: argparse.Namespace, world: World) -> None:
     """Answer, measure, and write on rank 0 what the options ask for. Collective."""
     metrics = check_options(options)
+    if world.is_main:  # the one that writes
+        check_named("--page", options.page)
+        check_named("--predictions", options.predictions)
     totals = Totals()
     with tempfile.TemporaryDirectory() as folder:
         processor = load_processor(options.final)

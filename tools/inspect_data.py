@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from data.records.fields import shorten
 from model.errors import ConfigError, DataError
-from tools.cli import command_parser, printable_lines, run_command, write_named
+from tools.cli import check_named, command_parser, printable_lines, run_command, write_named
 from tools.inspector.wanted import KINDS, Wanted
 from trainer.runfile.toml_files import without_dashes
 
@@ -134,6 +134,7 @@ def wanted_of(options: argparse.Namespace) -> Wanted:
 
 def inspect(options: argparse.Namespace) -> None:
     wanted = wanted_of(options)
+    check_named("--html", options.html)
     from model.deferred_imports import import_transformers
 
     import_transformers()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import ConfigError, DataError
-from tools.cli import check_positive, command_parser, printable_lines, run_command, write_named
+from tools.cli import check_named, check_positive, command_parser, printable_lines, run_command, write_named
 
 if TYPE_CHECKING:
     from model.multimodal import MultimodalLM
@@ -112,6 +112,8 @@ class ProbeResult:
 
 def probe(options: argparse.Namespace) -> None:
     check_positive(options, "records", "batch_size", "heat")
+    check_named("--page", options.page)
+    check_named("--json", options.json)
     if not (options.run / "run.toml").is_file():
         raise ConfigError(f"{options.run} is no folder of a run: it has no run.toml")
     from model.deferred_imports import import_transformers

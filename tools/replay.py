@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import ConfigError
-from tools.cli import command_parser, printable_lines, run_command, write_named
+from tools.cli import check_named, command_parser, printable_lines, run_command, write_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -96,6 +97,8 @@ def replay_run(options: argparse.Namespace) -> None:
     run = options.run.resolve()
     if options.json and options.json.resolve().is_relative_to(run):
         raise ConfigError(f"--json {options.json} is in the folder of the run, where nothing is written: name another place")
+    if int(os.environ.get("RANK", "0")) == 0:  # the one that writes
+        check_named("--json", options.json)
     from model.deferred_imports import import_transformers
 
     import_transformers()

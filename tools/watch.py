@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tools.cli import command_parser, run_command, write_named
+from tools.cli import check_named, command_parser, run_command, write_named
 from tools.local_page import serve_page
 from tools.watcher.page_html import run_page, values_text
 from tools.watcher.run_view import RunView
@@ -23,6 +23,7 @@ def watch(options: argparse.Namespace) -> None:
     for run in runs:
         run.has_changed()
     if options.html:
+        check_named("--html", options.html)
         write_html(options.html, run_page(values_text(runs, live=False), title, live=False))
         return
     serve_page(lambda port: PageServer(Watched(runs, title), port), options.port, f"shows {title}")

@@ -28,6 +28,7 @@ from trainer.machine.atomic_files import replace_text
 from trainer.machine.memory_info import usage
 from trainer.optim import learning_rates
 from trainer.optim_state import rules_of
+from trainer.records.freeze_lengths import available_cpus
 from trainer.runfile.schema import to_tables
 from trainer.runfile.toml_files import to_toml
 from trainer.schedule import describe_schedule
@@ -131,6 +132,7 @@ def _batches(prepared: PreparedRun) -> list[str]:
         *(f"          {note}" for note in describe_storage(config.parallel, prepared.model.dtype, world)),
         *_quantised(prepared),
         *_optimizer(prepared),
+        *describe_workers(config.data.workers, available_cpus()),
     ]
     if sampler is not None:
         lines.append(
@@ -159,6 +161,14 @@ def _optimizer(prepared: PreparedRun) -> list[str]:
         scale = prepared.config.loss_scale
         text += f"; loss scale {scaling.scale.item():g}, doubled after {scale.growth_interval} updates in a row"
     return [f"optimizer {text}"]
+
+
+def describe_workers(num_workers: int, num_cpus: int) -> list[str]:
+    """Describe the data workers of a rank where they are more than the processors that it may use."""
+    if num_workers <= num_cpus:
+        return []
+    told = f"data.workers = {num_workers} per rank, and rank 0 may use {num_cpus} processor(s): workers beyond those take turns"
+    return [f"workers   {told}"]
 
 
 def describe_sharing(config: ParallelConfig, num_ranks: int) -> str:

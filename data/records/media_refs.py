@@ -19,6 +19,17 @@ _KIND_OF = {key: kind for kind, keys in _KEYS.items() for key in keys}
 _SAID = frozenset({"set", "video_range", "audio_state"})
 """Keys that say something of a record's media."""
 _MAX_CLASS = 2**31 - 1
+_WORDS = {"image": ("image", "img", "picture", "pic", "photo"), "video": ("video",), "audio": ("audio", "sound", "wav")}
+_ENDINGS = ("", "_path", "_file", "_filename", "_name", "_url", "_list", "_bytes", "_base64")
+_OTHER_KEYS = {
+    f"{word}{number}{ending}{more}": kind
+    for kind, words in _WORDS.items()
+    for word in words
+    for number in ("", "s")
+    for ending in _ENDINGS
+    for more in ("", "s")
+}
+"""Keys in lower case under which other trainers' records have a medium of a kind. One is a note beside media of that kind alone."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,8 @@ def media_by_kind(raw: Json, inline: list[MediaRef]) -> dict[str, list[MediaRef]
     """Return the media of each kind in the order in which the record lists them; `inline` are the media of its content parts.
 
     `set` is the folder of pictures and videos, `video_range` the seconds that are watched, `audio_state` a class per clip. Raises
-    `FieldError`, also for media that are named in both places: their order would be a guess.
+    `FieldError`, also for media that are named in both places, whose order would be a guess, and for those under keys that are not
+    read: a record that loses its picture would be learned as if it had none.
     """
     present = {_KIND_OF[key] for key in raw if key in _KIND_OF}
     named = {kind: _named(raw, kind) if kind in present else [] for kind in PLACEHOLDERS}
@@ -53,6 +65,7 @@ def media_by_kind(raw: Json, inline: list[MediaRef]) -> dict[str, list[MediaRef]
         found = {kind: [ref for ref in inline if ref.kind == kind] for kind in PLACEHOLDERS}
         for kind, refs in found.items():
             _check_limit(kind, len(refs), kind)
+    _check_other_keys(raw, found)
     if raw.keys().isdisjoint(_SAID):
         return found
     images, videos, clips = found["image"], found["video"], found["audio"]
@@ -65,6 +78,16 @@ def media_by_kind(raw: Json, inline: list[MediaRef]) -> dict[str, list[MediaRef]
         "video": [replace(ref, span=span) for ref, span in zip(seen[len(images) :], spans)],
         "audio": [replace(ref, label=state) for ref, state in zip(clips, states)],
     }
+
+
+def _check_other_keys(raw: Json, found: dict[str, list[MediaRef]]) -> None:
+    """Raise `FieldError` for a key that holds the record's only media of a kind, and that is not read here."""
+    for key, value in raw.items():
+        kind = _OTHER_KEYS.get(str(key).lower())
+        if kind is None or key in _KIND_OF or found[kind]:
+            continue
+        if not isinstance(value, bool | int | float) and not is_absent(value):
+            raise FieldError(key, f"is not read here, and the record has no {kind!r}; write it under that key, or remove it")
 
 
 def _named(raw: Json, kind: str) -> list[MediaRef]:

@@ -24,7 +24,7 @@ def check_same_bases(saved: ModelCard, card: ModelCard, folder: Path, setting: s
     """Refuse an earlier run's weights on other bases than those they were trained on, or with other features."""
     for name in saved.hugging_face:
         if name not in card.hugging_face:
-            raise ConfigError(f"{setting} = {str(folder)!r} was trained with a {name} part: configure [model.{name}] as well")
+            raise ConfigError(f"{setting} = {str(folder)!r} has the part {name} too: configure [model.{name}] as well")
         if saved.hugging_face[name] != card.hugging_face[name]:
             raise ConfigError(f"{setting} = {str(folder)!r} was trained on another {name} model than model.{name}.path names")
     check_same_features(saved, card, folder, setting)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,15 @@ def test_workers_change_nothing(many: MultimodalDataset) -> None:
     assert [[contents(m.batch) for m in step] for step in alone] == [[contents(m.batch) for m in step] for step in helped]
     assert [[m.rejected for m in step] for step in alone] == [[m.rejected for m in step] for step in helped]
     assert sum(len(m.rejected) for step in alone for m in step) == 2
+
+
+def test_more_workers_than_processors_draw_no_warning(many: MultimodalDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's names neither the setting nor the run, at every start of training and of validation."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert len(list(steps(many, workers=2))) == len(list(steps(many, workers=0))) > 0
+    assert [str(one.message) for one in seen] == []
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

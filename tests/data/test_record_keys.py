@@ -446,6 +446,45 @@ def test_a_part_of_a_video_is_never_passed_over(key: str) -> None:
         parse(honest, "m.json:1")
 
 
+PICTURE_KEYS = ("img", "imgs", "image_path", "image_paths", "images_path", "image_file", "img_path", "picture", "photos", "Image")
+
+
+@pytest.mark.parametrize("value", ["a.png", ["a.png", "b.png"], {"path": "a.png"}, {"bytes": "AAAA"}, b"\x89PNG", object()])
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        *(("image", key) for key in (*PICTURE_KEYS, "IMAGES", "image_url", "image_base64", "image_bytes")),
+        *(("video", key) for key in ("video_path", "videos_path", "video_file", "Video")),
+        *(("audio", key) for key in ("audio_path", "audio_file", "audio_filename", "wav", "sound", "wav_path")),
+    ],
+)
+def test_a_medium_under_a_key_that_is_not_read_is_never_passed_over(kind: str, key: str, value: Any) -> None:
+    told = f"{key}: is not read here, and the record has no {kind!r}; write it under that key, or remove it"
+    others = {"image": "video", "video": "audio", "audio": "image"}
+    for raw in both(ASK, ANSWER, **{key: value}):
+        assert reason(raw) == told
+        assert reason({**raw, kind: []}) == told and reason({**raw, others[kind]: "b.bin"}) == told
+        assert parse({**raw, kind: "a.bin"}, "m.json:1").media == (MediaRef(kind, "a.bin"),)  # beside the medium it is a note
+    tagged = chat({**ASK, "content": f"<{kind}>2+2?"}, ANSWER, **{key: value})
+    assert reason(tagged) == told  # and not that a file is missing
+    part = chat({**ASK, "content": [{"type": kind, kind: "a.bin"}, {"type": "text", "text": "2+2?"}]}, ANSWER, **{key: value})
+    assert [ref.kind for ref in parse(part, "m.json:1").media] == [kind]
+
+
+def test_keys_near_those_of_media_that_hold_none_are_notes() -> None:
+    near = {
+        "image_id": "17",
+        "img_size": "big",
+        "image": None,
+        "video_length": 3,
+        "audio_state": None,
+        "picture_count": 2,
+        "url": "x",
+    }
+    empty = {"img": "", "image_path": None, "pictures": [], "wav": {}, "photo": 3, "sound": True}
+    assert parse(chat(ASK, ANSWER, **near, **empty), "m.json:1") == parse(chat(ASK, ANSWER), "m.json:1")
+
+
 def test_objects_that_fill_a_turn_are_an_error_and_others_are_notes() -> None:
     objects = {"ref": ["a cat"], "bbox": [[1, 2, 3, 4]]}
     filled = [{**ASK, "content": "Find <ref-object>"}, {**ANSWER, "content": "<bbox>"}]

@@ -265,7 +265,7 @@ def test_a_process_that_dies_or_hangs_costs_its_check_alone(tmp_path: Path) -> N
     [
         (["--only", "speed"], "--only 'speed' is none of the checks: float32"),
         (["--minutes", "0"], "--minutes 0.0 is not a positive number"),
-        (["--json", "no/such/folder/file.json"], "there is no folder 'no/such/folder'"),
+        (["--json", "no/such/folder/file.json"], "--json 'no/such/folder/file.json' cannot be written: No such file"),
         *([(["--device", "cuda"], "--device cuda: torch sees no GPU here")] if not torch.cuda.is_available() else []),
     ],
 )

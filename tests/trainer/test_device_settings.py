@@ -15,7 +15,7 @@ from model.errors import ConfigError
 from tests.support.runs import config_of
 from trainer.config import ParallelConfig, TrainConfig
 from trainer.distributed.world import ALLOCATOR, World, use_expandable_segments
-from trainer.report import describe_storage
+from trainer.report import describe_storage, describe_workers
 from trainer.setup import set_arithmetic
 
 ALONE, TWO = (World(0, 0, size, torch.device("cpu")) for size in (1, 2))
@@ -74,3 +74,10 @@ def test_a_start_says_what_is_unusual() -> None:
     assert "all weights" in describe_storage(ParallelConfig(cpu_offload=True), half, TWO)[0]
     on_gpu = World(0, 0, 1, torch.device("cuda"))
     assert "nothing is saved" not in describe_storage(ParallelConfig(cpu_offload=True), half, on_gpu)[0]
+
+
+def test_more_workers_than_processors_are_told_in_the_words_of_the_settings() -> None:
+    assert describe_workers(4, 2) == [
+        "workers   data.workers = 4 per rank, and rank 0 may use 2 processor(s): workers beyond those take turns"
+    ]
+    assert describe_workers(2, 2) == describe_workers(0, 1) == []

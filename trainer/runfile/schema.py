@@ -8,6 +8,7 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from model.files.untrusted import SHOWN, Json, shown
+from trainer.runfile.other_names import own_name
 from trainer.runfile.toml_files import TOML_INTEGERS
 
 
@@ -84,9 +85,11 @@ class SchemaReader:
         return isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
     def _unknown(self, name: str, key: str, known: list[str]) -> str:
-        near = difflib.get_close_matches(key[:SHOWN], known, 1, 0.5)
+        near = difflib.get_close_matches(key[:SHOWN], known, 1, 0.6)
         table = name.removesuffix(key)
         name = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
+        if here := own_name(key):
+            return f"{name} is not a setting; here it is {here}"
         hint = f"did you mean {table + near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{name} is not a setting; {hint}"
 

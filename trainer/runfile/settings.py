@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from model.errors import ConfigError
 from model.files.untrusted import shown
 from trainer.config import RunConfig
+from trainer.runfile.other_names import own_name
 
 NO_DEFAULT = dataclasses.MISSING
 LEAF_WORDS: dict[object, str] = {str: "text", int: "integer", float: "number", bool: "true or false"}
@@ -54,6 +55,8 @@ def find_settings(word: str) -> list[Setting]:
     low = word.lower()
     if found := [setting for setting in known if low in setting.key.lower() or low in setting.sentence.lower()]:
         return found
+    if here := own_name(word):
+        raise ConfigError(f"--settings {shown(word)}: in no key and no sentence; here it is {here}")
     near = difflib.get_close_matches(low, {name for setting in known for name in (setting.key, setting.name)}, 3, 0.5)
     raise ConfigError(f"--settings {shown(word)}: in no key and no sentence{'; near: ' + ', '.join(sorted(near)) if near else ''}")
 
