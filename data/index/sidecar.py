@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -22,9 +23,18 @@ from model.files.untrusted import open_regular
 
 @contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that appears at `path` once all of it is on disk: readers see no half and no mixture of two writers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    """Open a temporary file that appears at `path` once all of it is on disk: readers see no half and no mixture of two writers.
+
+    Raises OSError with the folder and what it is for, where no file can be made in it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    except OSError as error:
+        # ENOENT is that of a folder which can hold none, as under /proc: nothing that is read is missing.
+        code = errno.EACCES if error.errno == errno.ENOENT else error.errno
+        why = f"{error.strerror}; an index of the data goes into this folder: can output_dir be written?"
+        raise OSError(code, why, str(path.parent)) from None
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file

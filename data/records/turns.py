@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data.records.content_parts import Parts
-from data.records.fields import FieldError, kind_of, strings_in
+from data.records.fields import FieldError, kind_of, shorten, strings_in
 from data.records.media_refs import MediaRef
 from data.records.placeholders import kinds_in, leading_placeholders
 from data.records.tool_calls import read_calls
@@ -16,6 +16,8 @@ from data.records.turn_keys import check_keys, for_template, is_learned
 from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS
 
+MAX_NAMED = 8
+"""Keys that are named of a record without turns."""
 MAX_TURNS = 1 << 15
 """Turns of one record. A turn takes several tokens: so many turns fill a million tokens."""
 MARKS = ("\ue100", "\ue101")
@@ -46,9 +48,10 @@ def read_turns(raw: Json) -> tuple[tuple[Turn, ...], list[MediaRef]]:
     """Read the turns as written, and the media whose paths stand inside content parts. Raises `FieldError`."""
     found = [key for key in _KEYS if raw.get(key) is not None]
     if len(found) != 1:
-        other = [] if found else [repr(key) for key in _OTHER_FORMATS if raw.get(key) is not None]
         state = "both conversations and messages are there" if found else "missing"
-        more = f"; it has {', '.join(other)}, which are not read as turns" if other else ""
+        others = [key for key in _OTHER_FORMATS if raw.get(key) is not None] or [*raw][:MAX_NAMED]
+        named = "" if found else ", ".join(repr(shorten(key)) for key in others)
+        more = f"; it has {named}, which are not read as turns" if named else ""
         raise FieldError("conversations", f'{state}; a record has "conversations" or "messages"{more}')
     field, keys = found[0], _KEYS[found[0]]
     if not isinstance(raw[field], list) or not raw[field]:

@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 
 from data.config import DataConfig, SourceConfig
 from data.index.record_index import FORMATS, RecordIndex
+from data.index.sidecar import write_arrays
 from data.loader import prepare_worker
 from data.records.record import RecordError
 from model.errors import ConfigError, DataError
 from model.media_spec import AudioSpec, ImageSpec, MediaMeta, num_tokens
+from trainer.errors import CANNOT_WRITE, code_of
 
 SPEC = ImageSpec(28, 14, 1, "patch", "exact", (0.5,) * 3, (0.5,) * 3)
 SOUND = AudioSpec(80, 3000, False, (1, 2))
@@ -314,3 +316,11 @@ def test_a_file_that_may_not_be_read_is_a_wrong_setting(tmp_path: Path, monkeypa
     monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(ConfigError, match=r"m\.jsonl cannot be read: Permission denied"):
         open_index(path)
+
+
+def test_a_folder_that_takes_no_index_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "index", Path("/proc/nothing/index")):
+        with pytest.raises(OSError, match="an index of the data goes into this folder: can output_dir be written") as found:
+            write_arrays(folder / "lengths.npz", {})
+        assert found.value.filename == str(folder) and code_of(found.value) == CANNOT_WRITE

@@ -498,3 +498,8 @@ def test_notes_that_public_sets_carry_on_turns_are_no_error(key: str) -> None:
     noted = parse(chat({**ASK, key: {"a": 1}}, {**ANSWER, key: "x"}), "m.json:1")
     assert noted.turns == parse(chat(ASK, ANSWER), "m.json:1").turns
     parse(chat({**ASK, "text": ASK["content"]}, ANSWER), "m.json:1")  # raw ShareGPT keeps the words twice
+
+
+def test_a_record_without_turns_says_what_it_has_instead() -> None:
+    with pytest.raises(RecordError, match=r"missing; .* it has 'id', 'question', 'answer', which are not read as turns"):
+        parse({"id": "a", "question": "How many?", "answer": "Two"}, "mix.json:1")
