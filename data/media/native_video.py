@@ -23,6 +23,10 @@ def measure(blob: Blob, ref: MediaRef, spec: NativeSpec, config: DataConfig, num
 
     The first frame that is taken decides the size of all. Raises MediaError.
     """
+    if spec.reader:
+        raise MediaError(
+            f"{blob.name!r}: videos of {spec.reader} are not supported, whose frames are pictures with times between them"
+        )
     with frames.open_frames(blob, spec, config) as found:
         taken = video.sampled(found.starts, found.end, ref.span, config, blob.name)
         size = found.size(taken.numbers[0])

@@ -32,6 +32,7 @@ def rule_of(spec: NativeSpec, config: DataConfig) -> NativeRule:
         max_pixels=spec.max_pixels,
         longest=spec.longest,
         max_patches=spec.max_patches,
+        grows=spec.grows,
     )
     return within(rule, config.fit_max_pixels) if config.fit_max_pixels else rule
 
