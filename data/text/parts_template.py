@@ -19,8 +19,14 @@ _WORD = "qzword"
 # A placeholder stands on a line of its own in records; the line breaks beside it belong to it, and the template writes its own.
 PRELUDE = jinja_file(__package__, "parts_prelude.jinja")
 _STRING = "message['content'] is string"
-USER_PRELUDE = PRELUDE.replace(_STRING, f"{_STRING} and message['role'] == 'user'")
-"""For a template that takes parts of users and prints the list of anyone else (GLM-4.1V)."""
+_ELSE = "{%- else -%}{%- set flat.messages"
+USER_PRELUDE = PRELUDE.replace(_STRING, f"{_STRING} and message['role'] == 'user'").replace(
+    _ELSE,
+    "{%- elif message['content'] is not string and message['role'] != 'user' and message['content'] -%}"
+    "{%- set flat.messages = flat.messages + [dict(message, content=message['content'] | map(attribute='text') | join)] -%}"
+    + _ELSE,
+)
+"""For a template that takes parts of users alone, and prints a list that anyone else's content is (GLM-4.1V)."""
 
 
 def named_source(name: str, lead: str, tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str], end: str = "") -> str:

@@ -18,6 +18,12 @@ VISION_NAMES = ((r"(model\.)?visual\.(?!merger\.|downsample\.)", ""),)
 MERGER_NAMES = ((r"(model\.)?visual\.(?=merger\.|downsample\.)", ""),)
 AROUND = ("<|begin_of_image|>", "<|end_of_image|>")
 """Tokens around a picture, which its own template writes."""
+TOKENS = {
+    **{"image": "<|image|>", "video": "<|video|>"},
+    **{"image_start": AROUND[0], "image_end": AROUND[1]},
+    **{"video_start": "<|begin_of_video|>", "video_end": "<|end_of_video|>"},
+}
+"""Tokens of media, by the beginning of the key in config.json that holds their number."""
 ANSWER_END = "<|user|>"
 """Token that ends an answer: it begins the next turn, and its template writes nothing behind the last answer."""
 SECTIONS = (8, 12, 12)
@@ -80,7 +86,7 @@ def settings(source: Published) -> Settings:
         "model.vision.layer": Given(-1),
         "model.vision.select": Given("patch"),
         "model.vision.scales": Given([]),
-        "model.vision.placeholder": feature_token(source, "image_token", "<|image|>"),
+        "model.vision.placeholder": feature_token(source, "image_token", TOKENS["image"]),
         "model.vision_projector.kind": Given("glm4v_merger"),
         "model.vision_projector.newline": Given(False),
         "data.image_fit": Given("native"),
