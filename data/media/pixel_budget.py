@@ -80,6 +80,8 @@ def clip_size(size: Size, num_frames: int, spec: NativeSpec, config: DataConfig)
     """
     rule, own = rule_of(spec, config), clip_budget(spec, config)
     counted = -(-num_frames // rule.frames) * rule.frames
+    if spec.reader:  # its processor fills the last pair before it chooses a size
+        num_frames = counted
 
     def fitted(least: int, most: int) -> Size:
         if rule.name != "qwen":

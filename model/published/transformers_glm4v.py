@@ -87,6 +87,7 @@ def settings(source: Published) -> Settings:
         "model.vision.select": Given("patch"),
         "model.vision.scales": Given([]),
         "model.vision.placeholder": feature_token(source, "image_token", TOKENS["image"]),
+        "model.vision.video_stamps": Given(list(AROUND)),
         "model.vision_projector.kind": Given("glm4v_merger"),
         "model.vision_projector.newline": Given(False),
         "data.image_fit": Given("native"),

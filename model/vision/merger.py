@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from model.vision.grid_projector import PixelShuffleMlp, PoolMlp
-from model.vision.patch_tower import PatchLinear
 
 MERGE = 2
 """Side, in patches, of the square that becomes one token."""
@@ -67,19 +66,25 @@ class GlmMerger(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, inner: int) -> None:
         super().__init__()
-        self.downsample = PatchLinear(nn.Conv2d(in_features, out_features, MERGE))
+        self.downsample = JoiningKernel(in_features, out_features, MERGE)
         self.merger = GatedLayers(out_features, inner)
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         # The kernel reads the four patches' first channels, then their second ones, and so on.
-        fours = features.unflatten(1, (-1, MERGE**2)).transpose(2, 3)
-        rows = self.downsample(fours.flatten(0, 1))
-        found: Tensor = self.merger(rows)[None]
+        fours = features.unflatten(1, (-1, MERGE**2)).transpose(2, 3).flatten(2)
+        found: Tensor = self.merger(self.downsample(fours))
         return found
 
 
+class JoiningKernel(nn.Conv2d):
+    """A kernel that covers each square of patches once, as the matrix product that it is: (..., C * 4) -> (..., out)."""
+
+    def forward(self, squares: Tensor) -> Tensor:
+        return nn.functional.linear(squares, self.weight.flatten(1), self.bias)
+
+
 class GatedLayers(nn.Module):
-    """The layers behind GLM-4.1V's kernel, by the names of transformers' class: rows (N, D) -> (N, D)."""
+    """The layers behind GLM-4.1V's kernel, by the names of transformers' class: (..., D) -> (..., D)."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
