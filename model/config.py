@@ -35,8 +35,8 @@ class VisionConfig:
     """Settings of the vision tower, which is cut after the hidden state that is read."""
 
     path: str
-    """Vision tower, CLIP, SigLIP, DINOv2 or InternViT, or for pictures at their own size SigLIP2 NaFlex, Pixtral or Qwen-VL's:
-    a Hugging Face folder or hub id. It is cut after the hidden state that is read."""
+    """Vision tower, CLIP, SigLIP, DINOv2 or InternViT, or for pictures at their own size SigLIP2 NaFlex, Pixtral,
+    Qwen-VL's or GLM-4.1V's: a Hugging Face folder or hub id. It is cut after the hidden state that is read."""
     tune: Literal["frozen", "lora", "full", "positions"] = "frozen"
     """What learns: frozen, nothing; lora, adapters; full, everything; positions, the position embeddings alone."""
     layer: int = -2

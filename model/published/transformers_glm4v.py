@@ -35,7 +35,7 @@ SAME_KEYS = (
 """Keys of the language model that mean the same in GLM-4, where several have other defaults."""
 
 
-def text_part(source: Published) -> Json:
+def glm_text(source: Published) -> Json:
     """Return config.json of the language model, under the model_type of its plain form. Raises `ConfigError` for odd positions."""
     whole: Any = source.whole
     text = whole.text_config
@@ -58,12 +58,12 @@ def text_part(source: Published) -> Json:
     }
 
 
-def visual_part(source: Published) -> Json:
+def glm_tower(source: Published) -> Json:
     """Return config.json of the tower, whose model_type older versions write as that of the whole model."""
     return {**nested_config(source, "vision_config"), "model_type": TOWER}
 
 
-def settings(source: Published) -> Settings:
+def glm_settings(source: Published) -> Settings:
     """Return what follows from the model. Raises `ConfigError` for one whose parts are not as its class has them at first."""
     whole: Any = source.whole
     vision, text = whole.vision_config, whole.text_config
@@ -102,11 +102,11 @@ LAYOUTS = (
         "GLM-4.1V, GLM-4.6V-Flash (transformers)",
         is_class(CLASS),
         {
-            "llm": PartView(LLM_NAMES, text_part),
-            "vision": PartView(VISION_NAMES, visual_part),
+            "llm": PartView(LLM_NAMES, glm_text),
+            "vision": PartView(VISION_NAMES, glm_tower),
             "vision_projector": PartView(MERGER_NAMES),
         },
-        settings,
+        glm_settings,
         reference=CLASS,
     ),
 )

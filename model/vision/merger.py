@@ -67,7 +67,7 @@ class GlmMerger(nn.Module):
     def __init__(self, in_features: int, out_features: int, inner: int) -> None:
         super().__init__()
         self.downsample = JoiningKernel(in_features, out_features, MERGE)
-        self.merger = GatedLayers(out_features, inner)
+        self.merger = GlmLayers(out_features, inner)
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         # The kernel reads the four patches' first channels, then their second ones, and so on.
@@ -83,7 +83,7 @@ class JoiningKernel(nn.Conv2d):
         return nn.functional.linear(squares, self.weight.flatten(1), self.bias)
 
 
-class GatedLayers(nn.Module):
+class GlmLayers(nn.Module):
     """The layers behind GLM-4.1V's kernel, by the names of transformers' class: (..., D) -> (..., D)."""
 
     def __init__(self, width: int, inner: int) -> None:
