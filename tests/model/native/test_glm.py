@@ -21,6 +21,7 @@ from transformers.video_utils import VideoMetadata
 from data.media.blob import MediaError
 from data.media.pixel_budget import clip_size
 from data.processor import load_processor
+from data.records.record import RecordError
 from model.build import assemble
 from model.card import make_card
 from model.config import LoraConfig
@@ -95,17 +96,43 @@ def test_an_end_that_cannot_be_is_refused(tmp_path: Path) -> None:
     assert run_from(published, tmp_path / "run", data={"template": "phi3"}).data.answer_end == ""
 
 
+def test_a_call_of_tools_has_no_such_end(tmp_path: Path) -> None:
+    """What ends it is another token, which its template writes before the answer of the tool, and not behind the last turn."""
+    calling = LISTS.replace("{%- endfor %}\n{% if", "CALLS{%- endfor %}\n{% if")
+    calling = calling.replace(
+        "CALLS",
+        "{%- if msg.tool_calls %}{{ msg.tool_calls[0].function | tojson }}{% endif %}"
+        "{%- if msg.role == 'tool' %}<|observation|>{{ msg.content }}{% endif %}",
+    )
+    glm4v(tmp_path / "published", True, calling)
+    data, _ = opened(run_from(tmp_path / "published", tmp_path / "run"))
+    called = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"at": 1}}}],
+    }
+    asked = {"role": "user", "content": "What?"}
+    answered = [asked, called, {"role": "tool", "content": "7"}, {"role": "assistant", "content": "Seven."}]
+    batch = data.processor([{"messages": answered}], answers=True)
+    learned = [id for id in batch.labels[0].tolist() if id != -100]
+    assert data.processor.tokenizer.decode(learned) == f'{{"name": "look", "arguments": {{"at": 1}}}}<|observation|>Seven.{END}'
+    with pytest.raises(RecordError, match="no token ends the assistant's turn"):
+        data.processor([{"messages": [asked, called]}], answers=True)
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_a_folder_as_published_goes_out_with_its_own_processors(tmp_path: Path, name: str) -> None:
     """Its template prints lists, and its processors are of either name."""
     glm4v(tmp_path / "published", True, LISTS)
     READERS[name][1](tmp_path / "published")
+    save_clip_sizes(tmp_path / "published", 4096, 40_960)
     assert import_model([str(tmp_path / "published"), str(tmp_path / "ours")]) == 0
     export(tmp_path / "ours", tmp_path / "out", "hf")
     files = {part: json.loads((tmp_path / "out" / f"{part}_config.json").read_text()) for part in ("preprocessor", "processor")}
     assert files["preprocessor"]["image_processor_type"] == f"{name}ImageProcessor"
     assert files["processor"]["processor_class"] == f"{name}Processor"
     assert files["processor"]["video_processor"]["video_processor_type"] == f"{name}VideoProcessor"
+    assert files["processor"]["video_processor"]["size"] == {"shortest_edge": 4096, "longest_edge": 40_960}
     assert files["preprocessor"]["size"] == {"shortest_edge": 8 * 64, "longest_edge": 80 * 64}
     assert import_model([str(tmp_path / "out"), str(tmp_path / "again")]) == 0
     record = talk(picture(tmp_path, 97, 61), picture(tmp_path, 12, 16))
