@@ -30,7 +30,7 @@ from model.llm.causal_lm import VocabularyLayout
 from model.load import load_model
 from model.media_spec import NativeSpec
 from tests.support.published.asking import run_from
-from tests.support.published.glm import GLM_MAKERS, OWN, SIGNS, glm4v
+from tests.support.published.glm import GLM_MAKERS, OWN, SIGNS, glm4v, save_clip_sizes
 from tests.support.published.native import native_reader
 from tests.support.published.native_films import FRAMES, noise, opened, patches_of, spoken
 from tests.support.published.native_runs import picture, talk
@@ -155,13 +155,6 @@ def written_by(reader: Any, text: str, grids: list[list[int]], fps: float) -> li
         text = text.replace(SIGNS["video"], video.replace(SIGNS["video"], SIGNS["image"]), 1)
     found: list[int] = reader.tokenizer(text)["input_ids"]
     return found
-
-
-def save_clip_sizes(published: Path, least: int, most: int) -> None:
-    size = {"shortest_edge": least, "longest_edge": most}
-    (published / "video_preprocessor_config.json").write_text(
-        json.dumps({"video_processor_type": "Glm4vVideoProcessor", "size": size})
-    )
 
 
 def test_frames_are_of_the_size_that_its_processor_picks(tmp_path: Path) -> None:

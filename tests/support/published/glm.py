@@ -103,6 +103,15 @@ def glm4v(folder: Path, hub: bool, template: str = ENDED, tower: dict[str, Any] 
     if hub:
         as_on_hub(folder)
     save_processor(folder, "Glm4vProcessor", hub, tokenizer, {}, image_processor=Glm4vImageProcessorPil(**PIXELS))
+    save_clip_sizes(folder, 512, 5120)
+
+
+def save_clip_sizes(folder: Path, least: int, most: int) -> None:
+    """The processor of videos, with these limits of pixels."""
+    size = {"shortest_edge": least, "longest_edge": most}
+    (folder / "video_preprocessor_config.json").write_text(
+        json.dumps({"video_processor_type": "Glm4vVideoProcessor", "size": size})
+    )
 
 
 def as_on_hub(folder: Path) -> None:
