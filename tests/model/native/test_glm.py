@@ -280,6 +280,23 @@ def test_a_smaller_part_of_a_head_may_turn(tmp_path: Path) -> None:
         torch.testing.assert_close(found, theirs(**inputs).logits[0], rtol=1e-5, atol=1e-5)
 
 
+def test_what_its_config_leaves_out_is_as_its_class_has_it(tmp_path: Path) -> None:
+    """GLM-4's class fills in other values."""
+    published = tmp_path / "published"
+    glm4v(published, True)
+    left_out = ("rms_norm_eps", "pad_token_id", "initializer_range")
+    changed(published, "config.json", **{f"text_config__{key}": None for key in left_out})
+    _, model = opened(run_from(published, tmp_path / "run"))
+    theirs = Glm4vForConditionalGeneration.from_pretrained(published)
+    ours, expected = (
+        net.model.layers[0].input_layernorm for net in (model.llm, SimpleNamespace(model=theirs.model.language_model))
+    )
+    assert ours.variance_epsilon == expected.variance_epsilon == 1e-5
+    assert {key: getattr(model.llm.config, key) for key in left_out} == {
+        key: getattr(theirs.config.text_config, key) for key in left_out
+    }
+
+
 def test_built_in_shapes_have_their_parameters(tmp_path: Path) -> None:
     for file, value in (published_shape(NAME) or {}).items():
         (tmp_path / file).write_text(json.dumps(value))
