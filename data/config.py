@@ -78,6 +78,9 @@ class DataConfig:
     model knows."""
     system: str = ""
     """System text of records that have none; '' = the template's own."""
+    answer_end: str = ""
+    """Token that ends an answer, where the tokenizer's own template writes nothing behind the last one, as '<|user|>' (GLM-4.1V),
+    which begins the next turn; '' = the template's own."""
     max_length: int = 2048
     """Most tokens of a sample, media included: whole rounds beyond it are dropped. Raise it for long answers; memory grows
     with it."""
@@ -161,6 +164,10 @@ class DataConfig:
             found.append(f"data.max_length = {self.max_length} is not positive")
         if self.system and self.template == "plain":
             found.append(f"data.system = {shorten(repr(self.system), 40)} with data.template = 'plain', which has no system turn")
+        if self.answer_end and self.template != "auto":
+            found.append(
+                f"data.answer_end = {self.answer_end!r} has no effect: data.template = {self.template!r} has an end of its own"
+            )
         if len(self.media_wrap) not in (0, 2):
             found.append(f"data.media_wrap = {list(self.media_wrap)} is not a pair [before, after]")
         if self.max_images < 0:

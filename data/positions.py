@@ -46,9 +46,16 @@ def feature_places(spec: MediaSpec, meta: MediaMeta) -> np.ndarray | None:
 
 
 def write_inside(ids: np.ndarray, start: int, kind: str, spec: MediaSpec, meta: MediaMeta, own: InsideIds) -> None:
-    """Write a medium's tokens, which begin at `start`, into the expanded `ids` (T,): its features' own id, and those inside it."""
+    """Write a medium's tokens, which begin at `start`, into the expanded `ids` (T,): its features' own id, and those inside it.
+
+    A video's own signs take the place of those that the template wrote around it as around a picture.
+    """
     if kind in own.features:
         ids[start : start + num_tokens(spec, meta)] = own.features[kind]
+    if kind == "video" and own.stamps is not None:  # the template wrote what stands around a picture
+        for place in (start - 1, start + num_tokens(spec, meta)):
+            if 0 <= place < len(ids):
+                ids[place] = own.stamps.around.get(int(ids[place]), ids[place])
     before = start
     for first, inside in meta.inside:
         ids[before + first : before + first + len(inside)] = inside

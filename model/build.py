@@ -71,7 +71,12 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
             tower = (NativeTower if packed else VisionTower)(card.hugging_face["vision"], config.vision)
             parts["vision"] = tower
             parts["vision_projector"] = build_vision_projector(
-                config.vision_projector, tower.hidden_size, width, tower.levels, packed=packed
+                config.vision_projector,
+                tower.hidden_size,
+                width,
+                tower.levels,
+                packed=packed,
+                inner=card.hugging_face["vision"].get("intermediate_size", 0),
             )
         if config.audio is not None and config.audio_projector is not None:
             encoder = AudioEncoder(card.hugging_face["audio"], config.audio.window == "full")

@@ -35,8 +35,8 @@ class VisionConfig:
     """Settings of the vision tower, which is cut after the hidden state that is read."""
 
     path: str
-    """Vision tower, CLIP, SigLIP, DINOv2 or InternViT, or for pictures at their own size SigLIP2 NaFlex, Pixtral or Qwen-VL's:
-    a Hugging Face folder or hub id. It is cut after the hidden state that is read."""
+    """Vision tower, CLIP, SigLIP, DINOv2 or InternViT, or for pictures at their own size SigLIP2 NaFlex, Pixtral,
+    Qwen-VL's or GLM-4.1V's: a Hugging Face folder or hub id. It is cut after the hidden state that is read."""
     tune: Literal["frozen", "lora", "full", "positions"] = "frozen"
     """What learns: frozen, nothing; lora, adapters; full, everything; positions, the position embeddings alone."""
     layer: int = -2
@@ -54,7 +54,8 @@ class VisionConfig:
     tower that reads pictures at their own size; () = none."""
     video_stamps: tuple[str, ...] = ()
     """Tokens before and after each pair of frames of a video, behind its time as text, as ['<|vision_start|>', '<|vision_end|>']
-    (Qwen3-VL: <0.5 seconds><|vision_start|>...<|vision_end|>), for a tower that reads pictures at their own size; () = no times."""
+    (Qwen3-VL: <0.5 seconds><|vision_start|>...<|vision_end|>), or in front of it where the model's processor writes it there
+    (GLM-4.1V), for a tower that reads pictures at their own size; () = no times."""
     scales: tuple[int, ...] = ()
     """S2: further square sizes in pixels at which every picture is seen too, features side by side; () = none."""
     weights: str = ""

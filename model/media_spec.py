@@ -57,6 +57,9 @@ class NativeSpec(ImageSpec):
     table: int = 0  # side of the square table of learned positions, which is interpolated to each picture; 0: none
     align_corners: bool = True  # the table's corner rows stand at the centres of a picture's corner patches
     antialias: bool = False  # a table that is larger than the picture is averaged, not sampled; corners are not aligned then
+    bicubic: bool = False  # the table is resized by cubic curves; corners are not aligned then
+    grows: bool = False  # a picture narrower than a token is enlarged to one before its size is chosen
+    reader: str = ""  # Glm4v | Glm46V: whose processor of transformers reads the media; "" = the tower says it
     axes: int = 1  # of the language model's positions: 1, or 3 for time, row and column
     ticks: float = 0.0  # positions per second of a video on the axis of time; 0: one per pair of frames
     video_placeholder: str = ""  # token of a video's features; "" = that of pictures

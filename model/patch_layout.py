@@ -30,7 +30,7 @@ def patch_layout(grids: Sequence[Grid], spec: NativeSpec) -> Patches:
         lengths,
         _borders(lengths),
     )
-    if spec.table and spec.antialias:
+    if spec.table and (spec.antialias or spec.bicubic):
         parts = [axis_shares(high, wide, spec) for high, wide in frames]
         rows, columns = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts))
         return replace(found, row_shares=rows, column_shares=columns)
@@ -97,15 +97,19 @@ def table_shares(high: int, wide: int, spec: NativeSpec) -> tuple[np.ndarray, np
 def axis_shares(high: int, wide: int, spec: NativeSpec) -> tuple[np.ndarray, np.ndarray]:
     """Return the shares (P, S) float32 of the S rows, and of the S columns, of the table of positions in each patch's position."""
     rows, columns = patch_places(high, wide, spec.shrink).T
-    return _smooth_shares(high, spec.table)[rows], _smooth_shares(wide, spec.table)[columns]
+    mode = "bicubic" if spec.bicubic else "bilinear"
+    return _line_shares(high, spec.table, mode)[rows], _line_shares(wide, spec.table, mode)[columns]
 
 
 @lru_cache(maxsize=256)
-def _smooth_shares(length: int, table: int) -> np.ndarray:
-    """Return the shares (length, table) float32 with which torch resizes a line of `table` numbers: bilinear, with antialias."""
+def _line_shares(length: int, table: int, mode: str) -> np.ndarray:
+    """Return the shares (length, table) float32 with which torch resizes a line of `table` numbers: bilinear with antialias, or
+    bicubic without.
+    """
     # As a square: torch 2.13 resizes to (length, 1) with antialias wrongly on the CPU.
     unit = torch.eye(table)[None, None]
-    return F.interpolate(unit, size=(length, table), mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
+    smooth = mode == "bilinear"
+    return F.interpolate(unit, size=(length, table), mode=mode, align_corners=False, antialias=smooth)[0, 0].numpy()
 
 
 def _neighbours(length: int, spec: NativeSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """Sizes that towers of variable size read pictures and clips at: to the pixel those that the families' processors pick.
 
-qwen: Qwen2-VL, Qwen2.5-VL and Qwen3-VL, whole tokens within a range of pixels. naflex: SigLIP2, as many patches as a number allows.
+qwen: Qwen2-VL, Qwen2.5-VL, Qwen3-VL and GLM-4.1V, whole tokens within a range of pixels. naflex: SigLIP2, as many patches as a
+number allows.
 pixtral: Pixtral and Mistral 3, shrunk only where a side is too long, then rounded up to whole tokens.
 """
 
@@ -33,6 +34,7 @@ class NativeRule:
     max_pixels: int = 0  # qwen: of a picture after resizing; a picture narrower than a token may exceed it
     longest: int = 0  # pixtral: longest side in pixels before rounding up
     max_patches: int = 0  # naflex: patches of a picture
+    grows: bool = False  # qwen: a picture narrower than a token is enlarged to one first (GLM-4.1V)
 
     @property
     def unit(self) -> int:
@@ -165,7 +167,9 @@ def _pixtral_size(size: Size, rule: NativeRule) -> Size:
 
 
 FITTED: dict[str, Callable[[Size, NativeRule], Size]] = {
-    "qwen": lambda size, rule: _in_range(size, rule.unit, (rule.min_pixels, rule.max_pixels)),
+    "qwen": lambda size, rule: _in_range(
+        _grown(size, rule.unit) if rule.grows else size, rule.unit, (rule.min_pixels, rule.max_pixels)
+    ),
     "naflex": _naflex_size,
     "pixtral": _pixtral_size,
 }

@@ -13,7 +13,7 @@ from data.media.image_decode import Size
 from data.media.native_image import patches_of, resized
 from data.media.native_size import patch_grid
 from data.media.pixel_budget import clip_size, rule_of
-from data.media.video_stamps import pair_moments
+from data.media.video_stamps import stamped_moments
 from data.records.record import MediaRef
 from model.media_spec import MediaMeta, NativeSpec
 
@@ -28,7 +28,7 @@ def measure(blob: Blob, ref: MediaRef, spec: NativeSpec, config: DataConfig, num
         size = found.size(taken.numbers[0])
     count = len(taken.numbers)
     patches = patch_grid(clip_size(size, count, spec, config), rule_of(spec, config), count)
-    moments = pair_moments([found.starts[number] for number in taken.numbers], spec.frames) if spec.video_stamps else ()
+    moments = stamped_moments([found.starts[number] for number in taken.numbers], spec)
     return MediaMeta(num_rows=count, patches=patches, seconds=spec.frames * taken.seconds, moments=moments)
 
 

@@ -32,6 +32,7 @@ def rule_of(spec: NativeSpec, config: DataConfig) -> NativeRule:
         max_pixels=spec.max_pixels,
         longest=spec.longest,
         max_patches=spec.max_patches,
+        grows=spec.grows,
     )
     return within(rule, config.fit_max_pixels) if config.fit_max_pixels else rule
 
@@ -79,6 +80,8 @@ def clip_size(size: Size, num_frames: int, spec: NativeSpec, config: DataConfig)
     """
     rule, own = rule_of(spec, config), clip_budget(spec, config)
     counted = -(-num_frames // rule.frames) * rule.frames
+    if spec.reader:  # its processor fills the last pair before it chooses a size
+        num_frames = counted
 
     def fitted(least: int, most: int) -> Size:
         if rule.name != "qwen":

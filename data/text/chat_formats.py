@@ -58,6 +58,13 @@ def with_system_text(source: str, system: str) -> str:
     return source if not system or start in source else start + source  # a run's own tokenizer has it already
 
 
+def with_answer_end(source: str, end: str) -> str:
+    """Return the template with `end` behind a conversation's last answer, unless it calls tools; unchanged where `end` is ""."""
+    last = "messages and messages[-1]['role'] == 'assistant' and not messages[-1]['tool_calls'] and not add_generation_prompt"
+    tail = "{% if " + last + " %}{{ " + json.dumps(end, ensure_ascii=False) + " }}{% endif %}"
+    return source if not end or source.endswith(tail) else source.removesuffix("\n") + tail  # a run's own tokenizer has it already
+
+
 # 26 July 2024 by strftime's directives; longer ones first, since they are replaced one after the other.
 _FROZEN = {
     **{"%-d": "26", "%-m": "7", "%F": "2024-07-26", "%D": "07/26/24", "%Y": "2024", "%y": "24", "%m": "07", "%d": "26", "%e": "26"},

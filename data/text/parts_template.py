@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from data.text.chat_formats import FORMATS, freeze_date, jinja_file
+from data.text.chat_formats import FORMATS, freeze_date, jinja_file, with_answer_end
 from data.text.render import RenderError, apply
 from model.errors import ConfigError
 from model.media_spec import PLACEHOLDERS
@@ -18,11 +18,27 @@ from model.media_spec import PLACEHOLDERS
 _WORD = "qzword"
 # A placeholder stands on a line of its own in records; the line breaks beside it belong to it, and the template writes its own.
 PRELUDE = jinja_file(__package__, "parts_prelude.jinja")
+_STRING = "message['content'] is string"
+_ELSE = "{%- else -%}{%- set flat.messages"
+USER_PRELUDE = PRELUDE.replace(_STRING, f"{_STRING} and message['role'] == 'user'").replace(
+    _ELSE,
+    "{%- elif message['content'] is not string and message['role'] != 'user' and message['content'] -%}"
+    "{%- set flat.messages = flat.messages + [dict(message, content=message['content'] | map(attribute='text') | join)] -%}"
+    + _ELSE,
+)
+"""For a template that takes parts of users alone, and prints a list that anyone else's content is (GLM-4.1V)."""
 
 
-def named_source(name: str, lead: str, tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> str:
-    """Return the Jinja source of template `name`: a format of ours behind the token `lead`, or the tokenizer's own template."""
-    return ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else own_source(tokenizer, tokens)
+def named_source(name: str, lead: str, tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str], end: str = "") -> str:
+    """Return the Jinja source of template `name`: a format of ours behind the token `lead`, or the tokenizer's own template.
+
+    The token `end` ends the last answer of the latter. Raises `ConfigError` for one that the tokenizer does not have.
+    """
+    if name in FORMATS:
+        return ("{{ bos_token }}" if lead else "") + FORMATS[name].source
+    if end and end not in tokenizer.get_vocab():
+        raise ConfigError(f"data.answer_end = {end!r} is no token of the tokenizer: name one that ends an answer")
+    return with_answer_end(own_source(tokenizer, tokens), end)
 
 
 def own_source(tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> str:
@@ -48,21 +64,23 @@ def with_parts(tokenizer: PreTrainedTokenizerFast, source: str, tokens: Mapping[
             string, needed = f"{tokens[modality]}\n{_WORD}", [_WORD, tokens[modality]]
         as_parts, as_string = _rendered(tokenizer, source, parts), _rendered(tokenizer, source, string)
         if all(word in as_parts for word in needed) and as_parts != as_string and "'type'" not in as_parts:
-            return PRELUDE + source
+            lists = "'type'" in _rendered(tokenizer, source, _WORD, [{"type": "text", "text": _WORD}])
+            return (USER_PRELUDE if lists else PRELUDE) + source
     return source
 
 
-def _rendered(tokenizer: PreTrainedTokenizerFast, source: str, content: object) -> str:
-    """Render one question; return an empty string if the template fails."""
+def _rendered(tokenizer: PreTrainedTokenizerFast, source: str, content: object, answer: object = None) -> str:
+    """Render one question, with its answer if there is one; return an empty string if the template fails."""
+    question = {"role": "user", "content": content}
     try:
-        return apply(tokenizer, source, [{"role": "user", "content": content}])
+        return apply(tokenizer, source, [question, {"role": "assistant", "content": answer}] if answer else [question])
     except RenderError:
         return ""
 
 
 def takes_parts(source: str) -> bool:
-    """Tell whether `with_parts` has put the prelude before the template."""
-    return PRELUDE in source
+    """Tell whether `with_parts` has put a prelude before the template."""
+    return PRELUDE in source or USER_PRELUDE in source
 
 
 def template_tokens(tokens: Mapping[str, str], written: Mapping[str, str], media_wrap: Sequence[str]) -> set[str]:

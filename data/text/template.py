@@ -198,20 +198,20 @@ class TemplateOptions:
     state_tokens: str = "none"  # data.state_tokens
     unread: frozenset[int] = frozenset()  # ids that no record may hold
     system: str = ""  # text of conversations without one
+    answer_end: str = ""  # data.answer_end
     tokens: Mapping[str, str] = field(default_factory=lambda: DEFAULT_TOKENS)  # by modality, whose positions take features
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerFast, options: TemplateOptions = TemplateOptions()) -> Template:
     """Load template `name` for `tokenizer`, and try it on a short conversation.
 
-    Of `options.allowed`, tokens that the template or the tokenizer itself needs stay text all the same. Raises `ConfigError` if the
-    tokenizer lacks what the template or the states need.
+    Of `options.allowed`, what template and tokenizer need stays text. Raises `ConfigError` if the tokenizer lacks what is needed.
     """
     media_wrap, allowed, state_tokens, tokens = options.media_wrap, options.allowed, options.state_tokens, options.tokens
     needs = needed_tokens(name, tokenizer)
     check_state_tokens(tokenizer, state_tokens)
     lead = lead_token(tokenizer) if name in FORMATS else ""
-    source = with_system_text(named_source(name, lead, tokenizer, tokens), options.system)
+    source = with_system_text(named_source(name, lead, tokenizer, tokens, options.answer_end), options.system)
     written = content_tokens(source, tokens, media_wrap)
     free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *STATE_TOKENS[state_tokens].values(), *thought_tags(source)}
     free = free - {*needs, *tokenizer.special_tokens_map.values()} | {*written.values()}

@@ -13,7 +13,7 @@ from functools import partial
 from model.card import ModelCard
 from model.errors import ConfigError
 from model.exports.hf_idefics import CONNECTOR_NAMES, DECODER_NAMES, TOWER_NAME, idefics_config, idefics_problems
-from model.exports.hf_native import NativeForm, native_config, native_problems, native_text
+from model.exports.hf_native import FORMS, NativeForm, native_config, native_problems, native_text
 from model.exports.hf_pixtral import (
     MERGER_NAMES,
     MISTRAL_MERGER,
@@ -208,35 +208,12 @@ def _native(name: str, model_type: str, form: NativeForm) -> HfClass:
     problems, config = partial(native_problems, form=form), partial(native_config, form=form)
     where = "model." if form.inside else ""
     tower, decoder = f"{where}visual.", (("model.", "model.language_model."), ("", "")) if where else (("", ""),)
-    merger = (("deepstack.", f"{tower}deepstack_merger_list."), ("", f"{tower}merger."))
+    merger = (("deepstack.", f"{tower}deepstack_merger_list."), ("", f"{tower}{form.layers}"))
     return HfClass(name, model_type, merger, problems, config, llm=decoder, tower=tower, native=form)
 
 
-NATIVE = (
-    _native(
-        "Qwen2VLForConditionalGeneration",
-        "qwen2_vl",
-        NativeForm("qwen2_vl_vision", "qwen2_vl_merger", "qwen2", "hidden_size"),
-    ),
-    _native(
-        "Qwen2_5_VLForConditionalGeneration",
-        "qwen2_5_vl",
-        NativeForm("qwen2_5_vl_vision", "qwen2_5_vl_merger", "qwen2", "out_hidden_size"),
-    ),
-    _native(
-        "Qwen3VLForConditionalGeneration",
-        "qwen3_vl",
-        NativeForm("qwen3_vl_vision", "qwen3_vl_merger", "qwen3", "out_hidden_size", "qwen3_vl_text", "Qwen3VLVideoProcessor"),
-    ),
-    _native(
-        "Qwen3VLMoeForConditionalGeneration",
-        "qwen3_vl_moe",
-        NativeForm(
-            "qwen3_vl_moe_vision", "qwen3_vl_merger", "qwen3_moe", "out_hidden_size", "qwen3_vl_moe_text", "Qwen3VLVideoProcessor"
-        ),
-    ),
-)
-"""Classes of Qwen-VL, which read pictures at their own size."""
+NATIVE = tuple(_native(name, model_type, form) for name, (model_type, form) in FORMS.items())
+"""Classes of Qwen-VL and GLM-4.1V, which read pictures at their own size."""
 
 
 def _pixtral(name: str, model_type: str, names: tuple[tuple[str, str], ...], form: PixtralForm) -> HfClass:

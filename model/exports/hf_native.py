@@ -1,7 +1,8 @@
 """Classes of transformers that read pictures at their own size: what each has, as the folders on the hub write it.
 
-Qwen2-VL and Qwen2.5-VL have the keys of their language model at the top of config.json there, Qwen3-VL in `text_config`, and all
-have rotary positions under their older names: every version of transformers and vLLM that knows the class reads that form.
+Qwen2-VL and Qwen2.5-VL have the keys of their language model at the top of config.json there, Qwen3-VL and GLM-4.1V in
+`text_config`, and all have rotary positions under their older names: every version of transformers and vLLM that knows the class
+reads that form.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from model.files.untrusted import Json
 from model.llm.multi_axis_rope import INTERLEAVED, SECTIONS
 from model.media_spec import NativeSpec
 from model.multimodal import MultimodalLM
+from model.published import transformers_glm4v as glm
 from model.published.transformers_qwen_vl import AROUND
 from model.vision.merger import MERGE
 from model.vision.native_kinds import NATIVE_TOWERS
@@ -26,6 +29,12 @@ from model.vision.tower_kinds import num_blocks
 
 FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 NAMED_OTHERWISE = ("rope_parameters", SECTIONS, INTERLEAVED, "model_type", "architectures")
+GLM, FIXED = "glm4", ("head_dim", "attention_bias")
+"""Plain language model of GLM-4.1V, and its keys that the class has no choice of."""
+HALF = 0.5
+"""Part of a head that turns where config.json of a GLM-4 says nothing."""
+OWN_HEADS = ("qwen3", "qwen3_moe")
+"""Language models whose heads may be of any size."""
 FILLED_IN = {"rope_type": "axial", "rope_theta": 10_000.0}
 """Rotary positions of towers as transformers fills them in; its older versions know no kind of this name."""
 
@@ -40,11 +49,38 @@ class NativeForm:
     width: str  # key of the tower's config.json for the numbers in a token
     inside: str = ""  # model_type of `text_config`; "" = the language model's keys stand at the top
     videos: str = "Qwen2VLVideoProcessor"
+    interleaved: bool = False  # the axes of positions take turns, as in Qwen3-VL
+    around: tuple[str, str] = AROUND  # tokens around a picture
+    layers: str = "merger."  # what stands before the names of the projector's layers in the tower's
+    ids: tuple[str, ...] = ("image", "video", "vision_start", "vision_end")  # tokens whose numbers stand in config.json
 
-    @property
-    def interleaved(self) -> bool:
-        """Tell whether the axes of positions take turns, as in Qwen3-VL."""
-        return bool(self.inside)
+
+_QWEN3: Any = {"width": "out_hidden_size", "videos": "Qwen3VLVideoProcessor", "interleaved": True}
+FORMS = {
+    "Qwen2VLForConditionalGeneration": ("qwen2_vl", NativeForm("qwen2_vl_vision", "qwen2_vl_merger", "qwen2", "hidden_size")),
+    "Qwen2_5_VLForConditionalGeneration": (
+        "qwen2_5_vl",
+        NativeForm("qwen2_5_vl_vision", "qwen2_5_vl_merger", "qwen2", "out_hidden_size"),
+    ),
+    "Qwen3VLForConditionalGeneration": (
+        "qwen3_vl",
+        NativeForm("qwen3_vl_vision", "qwen3_vl_merger", "qwen3", inside="qwen3_vl_text", **_QWEN3),
+    ),
+    "Qwen3VLMoeForConditionalGeneration": (
+        "qwen3_vl_moe",
+        NativeForm("qwen3_vl_moe_vision", "qwen3_vl_merger", "qwen3_moe", inside="qwen3_vl_moe_text", **_QWEN3),
+    ),
+    glm.CLASS: (
+        "glm4v",
+        NativeForm(
+            *(glm.TOWER, "glm4v_merger", GLM, "out_hidden_size", "glm4v_text"),
+            around=glm.AROUND,
+            ids=tuple(glm.TOKENS),
+            layers="",
+        ),
+    ),
+}
+"""model_type and parts of each class by its name."""
 
 
 def native_problems(card: ModelCard, facts: MediaFacts, form: NativeForm) -> Iterator[str]:
@@ -59,10 +95,10 @@ def native_problems(card: ModelCard, facts: MediaFacts, form: NativeForm) -> Ite
     if tower.get("spatial_merge_size", MERGE) != MERGE:
         yield f"model.vision.path: spatial_merge_size = {tower['spatial_merge_size']} in config.json; {MERGE} x {MERGE} are joined"
     yield from _text_problems(text, form)
-    if facts.around_pictures != AROUND:
+    if facts.around_pictures != form.around:
         yield (
-            f"neither the chat template nor data.media_wrap writes {list(AROUND)} around pictures, by which this class finds them; "
-            f"train with data.media_wrap = {list(AROUND)}"
+            f"neither the chat template nor data.media_wrap writes {list(form.around)} around pictures, by which this class finds "
+            f"them; train with data.media_wrap = {list(form.around)}"
         )
     if parts := [name for name in ("audio", "audio_projector", "state_head") if name in card.model.parts()]:
         yield f"[model.{'], [model.'.join(parts)}]: this class does not hear; --for safetensors writes each part's file"
@@ -93,8 +129,10 @@ def _text_problems(text: Json, form: NativeForm) -> Iterator[str]:
             "transformers tells by the shape alone whether it lies on its side, as this class's files hold it; --for safetensors "
             "writes each part's file"
         )
-    if not form.inside and text.get("head_dim", _head(text)) != _head(text):
+    if form.text not in OWN_HEADS and text.get("head_dim", _head(text)) != _head(text):
         yield f"model.llm.path: head_dim = {text['head_dim']} in config.json; this class shares hidden_size among its heads"
+    if form.text == GLM and not text.get("attention_bias", True):
+        yield "model.llm.path: attention_bias = false in config.json; this class has biases of queries, keys and values"
 
 
 def _head(text: Json) -> int:
@@ -107,8 +145,7 @@ def native_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts, form:
     vision["model_type"] = form.tower.removesuffix("_vision")  # as older versions know it, and later ones still read it
     if vision.get("rope_parameters") == FILLED_IN:
         del vision["rope_parameters"]
-    names = ("image", "video", "vision_start", "vision_end")
-    return {"vision_config": vision, **{f"{name}_token_id": facts.ids[name] for name in names}}
+    return {"vision_config": vision, **{f"{name}_token_id": facts.ids[name] for name in form.ids}}
 
 
 def native_text(text: Json, form: NativeForm) -> Json:
@@ -116,8 +153,11 @@ def native_text(text: Json, form: NativeForm) -> Json:
     rope = {**text["rope_parameters"], SECTIONS: text[SECTIONS]}
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type", "default")
     found = {key: value for key, value in text.items() if key not in NAMED_OTHERWISE}
+    if form.text == GLM:
+        found = {key: value for key, value in found.items() if key not in FIXED}
+        found["partial_rotary_factor"] = rope.pop("partial_rotary_factor", HALF)
     if form.inside:
-        scaling = {"rope_type": kind, **rope, INTERLEAVED: text[INTERLEAVED]}
+        scaling = {"rope_type": kind, **rope, **({INTERLEAVED: True} if form.interleaved else {})}
         return {"text_config": {**found, "model_type": form.inside, "rope_theta": theta, "rope_scaling": scaling}}
     return {**found, "rope_theta": theta, "rope_scaling": {"type": "mrope" if kind == "default" else kind, **rope}}
 
@@ -138,15 +178,18 @@ def _turned(entry: Entry) -> Tensor | None:
 
 
 def native_pixels(spec: NativeSpec, facts: MediaFacts) -> Json:
-    """Return the keys of an image processor by which it sizes and cuts pictures."""
+    """Return the class of an image processor, and the keys by which it sizes and cuts pictures."""
     least, most = facts.pixels
-    return {"min_pixels": least, "max_pixels": most, **_cut(spec, least, most)}
+    if spec.reader:  # it counts a picture in every frame of its patches
+        return {"image_processor_type": f"{spec.reader}ImageProcessor", **_cut(spec, least * spec.frames, most * spec.frames)}
+    return {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": least, "max_pixels": most, **_cut(spec, least, most)}
 
 
 def native_clips(spec: NativeSpec, facts: MediaFacts, form: NativeForm) -> Json:
     """Return the keys of the class's processor of videos by which it sizes and cuts frames."""
     capped = {"cap_pixels_per_frame": True, "max_video_tokens": spec.video_tokens} if spec.video_tokens else {}
-    return {"video_processor_type": form.videos, **_cut(spec, *facts.clip_pixels), **capped}
+    kind = f"{spec.reader}VideoProcessor" if spec.reader else form.videos
+    return {"video_processor_type": kind, **_cut(spec, *facts.clip_pixels), **capped}
 
 
 def _cut(spec: NativeSpec, least: int, most: int) -> Json:

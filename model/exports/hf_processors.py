@@ -140,7 +140,8 @@ def _intern(spec: ImageSpec, facts: MediaFacts) -> tuple[Json, Json]:
 
 def _native(spec: ImageSpec, facts: MediaFacts) -> tuple[Json, Json]:
     assert isinstance(spec, NativeSpec)
-    return {}, {"image_processor_type": "Qwen2VLImageProcessor", **native_pixels(spec, facts), **_normalising(spec)}
+    own = {"processor_class": f"{spec.reader}Processor"} if spec.reader else {}
+    return own, {**native_pixels(spec, facts), **_normalising(spec)}
 
 
 def _pixtral(spec: ImageSpec, facts: MediaFacts) -> tuple[Json, Json]:

@@ -18,12 +18,18 @@ def pixel_settings(source: Published) -> Json:
     return found
 
 
-def check_pixels(source: Published) -> None:
-    """Refuse an image processor whose pixels are not those that the tower is given here."""
-    pixels, found = pixel_settings(source), getattr(source.whole, "vision_config", None)
+def check_pixels_changed(source: Published) -> None:
+    """Refuse an image processor that leaves out a step which is always taken here."""
+    pixels = pixel_settings(source)
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if pixels.get(key) is False:
             raise source.refused(f"{key} = false among the image processor's settings; pictures here are resized and normalised")
+
+
+def check_pixels(source: Published) -> None:
+    """Refuse an image processor whose pixels are not those that the tower is given here."""
+    check_pixels_changed(source)
+    pixels, found = pixel_settings(source), getattr(source.whole, "vision_config", None)
     side = getattr(found, "image_size", None)
     side = side[0] if isinstance(side, (list, tuple)) else side
     if "model.vision.image_size" in source.written:

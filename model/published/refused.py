@@ -11,8 +11,7 @@ CONNECTOR = "it joins picture and text by a connector of its own"
 REFUSED = {
     "qwen2_5_omni": NATIVE,
     "qwen3_omni_moe": NATIVE,
-    "glm4v": NATIVE,
-    "glm4v_moe": NATIVE,
+    "glm4v_moe": "its language model is GLM-4.5's, a mixture of experts, whose positions are not read in three axes here",
     "kimi_vl": "its tower takes pictures at their native resolution",
     "idefics2": CONNECTOR + " (a perceiver) and its tower takes pictures of any shape",
     "paligemma": PREFIX,

@@ -58,6 +58,47 @@ class MistralMerger(nn.Module):
         return found
 
 
+class GlmMerger(nn.Module):
+    """GLM-4.1V's projector: features (1, P, C) -> (1, P / 4, out): a kernel that joins four patches, then gated layers.
+
+    `inner`: width of the gated layers.
+    """
+
+    def __init__(self, in_features: int, out_features: int, inner: int) -> None:
+        super().__init__()
+        self.downsample = JoiningKernel(in_features, out_features, MERGE)
+        self.merger = GlmLayers(out_features, inner)
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        # The kernel reads the four patches' first channels, then their second ones, and so on.
+        fours = features.unflatten(1, (-1, MERGE**2)).transpose(2, 3).flatten(2)
+        found: Tensor = self.merger(self.downsample(fours))
+        return found
+
+
+class JoiningKernel(nn.Conv2d):
+    """A kernel that covers each square of patches once, as the matrix product that it is: (..., C * 4) -> (..., out)."""
+
+    def forward(self, squares: Tensor) -> Tensor:
+        return nn.functional.linear(squares, self.weight.flatten(1), self.bias)
+
+
+class GlmLayers(nn.Module):
+    """The layers behind GLM-4.1V's kernel, by the names of transformers' class: (..., D) -> (..., D)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, width, bias=False)
+        self.post_projection_norm = nn.LayerNorm(width)
+        self.gate_proj, self.up_proj = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        rows = nn.functional.gelu(self.post_projection_norm(self.proj(rows)))
+        found: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(rows)) * self.up_proj(rows))
+        return found
+
+
 class PackedShuffleMlp(PixelShuffleMlp):
     """InternVL's `mlp1` on packed patches: features (1, P, C) -> (1, P / 4, out)."""
 
@@ -118,4 +159,4 @@ MERGERS: dict[str, Callable[[int, int], nn.Module]] = {
 """Mergers of one level, by kind of projector."""
 PACKED_KINDS: dict[str, Callable[[int, int], nn.Module]] = {"pixel_shuffle_mlp": PackedShuffleMlp, "pool_mlp": PackedPoolMlp}
 """Kinds of towers of one square that read packed patches too."""
-DEEP_MERGER = "qwen3_vl_merger"
+DEEP_MERGER, GLM_MERGER = "qwen3_vl_merger", "glm4v_merger"

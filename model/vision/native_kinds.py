@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from model.batch import Patches
 from model.errors import ConfigError
 from model.files.untrusted import Json
-from model.vision.naflex_tower import NAFLEX
+from model.vision.naflex_tower import NAFLEX, resized_table
 from model.vision.patch_tower import NativeFamily, PatchLinear, PatchTower, segmented_tower
 from model.vision.pixtral_tower import PIXTRAL
 from model.vision.segment_attention import segments_of
@@ -67,6 +67,24 @@ class QwenTower(PatchTower):
         return torch.cat([hidden, *kept], dim=-1) if kept else hidden
 
 
+class GlmTower(QwenTower):
+    """GLM-4.1V's tower without its merger and the kernel before it, which are a projector here: a norm behind its last block."""
+
+    def __init__(self, whole: nn.Module, config: PretrainedConfig) -> None:
+        super().__init__(whole, config)
+        self.post_conv_layernorm = whole.get_submodule("post_conv_layernorm")
+        self.embeddings = whole.get_submodule("embeddings")
+        self.post_layernorm = whole.get_submodule("post_layernorm")
+
+    def forward(self, values: Tensor, patches: Patches) -> Tensor:
+        hidden = self.post_conv_layernorm(self.patch_embed(values.expand(-1, -1, self.frames, -1, -1)))
+        table = self.embeddings.get_parameter("position_embedding.weight")
+        hidden = hidden + resized_table(table, patches).to(hidden.dtype)
+        hidden = self._run(hidden, axial_angles(patches.positions, self.head, self.theta), patches)
+        found: Tensor = self.post_layernorm(hidden)
+        return found
+
+
 def kept_blocks(indexes: tuple[int, ...], num_blocks: int) -> tuple[int, ...]:
     """Return the blocks whose features go to early layers of the language model. Raises `ConfigError` for those that cannot."""
     if any(second <= first for first, second in pairwise((-1, *indexes))):
@@ -117,6 +135,41 @@ def qwen_facts(value: PretrainedConfig, processor: Json, videos: Json) -> Json:
     }
 
 
+def build_glm(config: PretrainedConfig) -> PatchTower:
+    """Build the tower of transformers' class."""
+    return GlmTower(segmented_tower("glm4v.modeling_glm4v", "Glm4vVisionModel", config), config)
+
+
+def glm_facts(value: PretrainedConfig, processor: Json, videos: Json) -> Json:
+    """Return the range of pixels, the side of the table of positions, and whose processor it is.
+
+    The processor counts a picture in every frame of its patches. Raises `ConfigError` for a range that these do not share evenly.
+    """
+    size, frames = processor.get("size") or {}, value.temporal_patch_size
+    least, most = size.get("shortest_edge", 112 * 112), size.get("longest_edge", 28 * 28 * 15_000)
+    if least % frames or most % frames:
+        raise ConfigError(
+            f"model.vision.path: size = {size} among its image processor's settings is of {frames} frames together; only multiples "
+            f"of {frames} are read"
+        )
+    name = str(processor.get("image_processor_type", ""))
+    return {
+        "resize": "qwen",
+        "grows": True,
+        "frames": frames,
+        "min_pixels": least // frames,
+        "max_pixels": most // frames,
+        "table": value.image_size // value.patch_size,
+        "bicubic": True,
+        "video_pixels": _pixel_range(videos) or GLM_CLIPS,
+        "reader": "Glm46V" if name.startswith("Glm46V") else "Glm4v",
+    }
+
+
+GLM_CLIPS = (112 * 112, 28 * 28 * 2 * 30_000)
+"""Least and most pixels of a video where its processor's settings name none, as in transformers' class."""
+
+
 def _pixel_range(processor: Json) -> tuple[int, ...]:
     """Return the least and the most pixels that a processor's settings name; () without."""
     size = processor.get("size") or {}
@@ -134,6 +187,15 @@ NATIVE_TOWERS: dict[str, NativeFamily] = {
     "qwen2_5_vl_vision": _qwen("qwen2_5_vl.modeling_qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel"),
     "qwen3_vl_vision": _qwen("qwen3_vl.modeling_qwen3_vl", "Qwen3VLVisionModel", "pos_embed.weight"),
     "qwen3_vl_moe_vision": _qwen("qwen3_vl_moe.modeling_qwen3_vl_moe", "Qwen3VLMoeVisionModel", "pos_embed.weight"),
+    "glm4v_vision": NativeFamily(
+        "embeddings.position_embedding.weight",
+        0,
+        {},
+        build=build_glm,
+        facts=glm_facts,
+        depth="depth",
+        processors=("Glm4vImageProcessor", "Glm46VImageProcessor"),
+    ),
     "siglip2_vision_model": NAFLEX,
     "pixtral": PIXTRAL,
 }

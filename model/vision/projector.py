@@ -23,7 +23,7 @@ from model.vision.grid_projector import (
     ShuffledLinear,
     ShuffledMlp,
 )
-from model.vision.merger import DEEP_MERGER, MERGE, MERGERS, PACKED_KINDS, DeepMerger
+from model.vision.merger import DEEP_MERGER, GLM_MERGER, MERGE, MERGERS, PACKED_KINDS, DeepMerger, GlmMerger
 from model.vision.resampler import QUERIES, Resampler
 
 SETTING = "model.vision_projector"
@@ -45,18 +45,19 @@ GRID_KINDS: dict[str, Callable[[int, int], nn.Module]] = {
 RESAMPLER = "resampler"
 
 
-NATIVE_KINDS = (*MERGERS, DEEP_MERGER)
+NATIVE_KINDS = (*MERGERS, DEEP_MERGER, GLM_MERGER)
 """Kinds that make one token of a square of packed patches."""
 VISION_KINDS = f"{POINTWISE} | {' | '.join(map(repr, (*GRID_KINDS, *NATIVE_KINDS)))} | {RESAMPLER!r}"
 
 
 def build_vision_projector(
-    config: VisionProjectorConfig, in_features: int, out_features: int, levels: int = 1, *, packed: bool = False
+    config: VisionProjectorConfig, in_features: int, out_features: int, levels: int = 1, *, packed: bool = False, inner: int = 0
 ) -> nn.Module:
     """Build the projector of a tower's patches. With a line break it has `image_newline` (out,), initialised as in LLaVA-NeXT.
 
-    `levels`: hidden states that stand side by side in the features; `packed`: patches are those of pictures of any shape.
-    Raises `ConfigError` for a kind that reads only one of several hidden states.
+    `levels`: hidden states that stand side by side in the features; `packed`: patches are those of pictures of any shape;
+    `inner`: `intermediate_size` of the tower's config.json, as wide as GLM-4.1V's merger is inside. Raises `ConfigError` for a kind
+    that reads only one of several hidden states, or lacks its width.
     """
     if (levels > 1) != (config.kind == DEEP_MERGER):
         raise ConfigError(
@@ -65,6 +66,12 @@ def build_vision_projector(
         )
     if levels > 1:
         return DeepMerger(in_features, out_features, levels)
+    if config.kind == GLM_MERGER:
+        if not inner:
+            raise ConfigError(
+                f"{SETTING}.kind = {GLM_MERGER!r} is as wide inside as intermediate_size of the tower, which has none"
+            )
+        return GlmMerger(in_features, out_features, inner)
     if packed and (build := PACKED_KINDS.get(config.kind)) is not None:
         return build(in_features, out_features)
     module = _vision_layers(config, in_features, out_features)

@@ -18,6 +18,7 @@ from model.card import make_card
 from model.config import LoraConfig
 from model.llm.causal_lm import VocabularyLayout
 from tests.support.published.asking import run_from
+from tests.support.published.glm import GLM_MAKERS
 from tests.support.published.native import NATIVE_MAKERS
 from tests.support.runs import merged, save_parts
 from tests.support.tiny_audio import save_whisper
@@ -119,11 +120,11 @@ def test_data_that_are_there_are_read_and_a_failure_is_told(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", NATIVE_MAKERS)
+@pytest.mark.parametrize("name", {**NATIVE_MAKERS, **GLM_MAKERS})
 def test_a_model_of_pictures_at_their_own_size_is_tried(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    NATIVE_MAKERS[name].write(tmp_path / "published", False)
+    {**NATIVE_MAKERS, **GLM_MAKERS}[name].write(tmp_path / "published", False)
     source = {"path": "clips.json", "media_root": {"image": "pictures", "video": "films"}}
     run = {
         "output_dir": str(tmp_path / "run"),

@@ -32,6 +32,8 @@ from model.files.untrusted import Json
 from model.load import load_model
 from model.media_spec import PLACEHOLDERS, NativeSpec, image_spec
 from model.multimodal import MultimodalLM
+from model.published.transformers_glm4v import AROUND as GLM_AROUND
+from model.published.transformers_glm4v import TOKENS as GLM_TOKENS
 from model.published.transformers_qwen_vl import AROUND
 from tools.exports.hf_inputs import their_inputs
 from tools.exports.proofs import batch_of, check_close, in_float32, logits, reopened, sample
@@ -40,6 +42,8 @@ from tools.exports.task import Exported, ExportTask, python_line
 
 CLIP_ENDS = ("<|audio_bos|>", "<|audio_eos|>")
 """Tokens that Qwen2-Audio's chat template writes around a clip."""
+PAIRS = (AROUND, GLM_AROUND)
+"""Tokens that chat templates write around a picture at its own size."""
 
 
 def to_hf(task: ExportTask) -> Exported:
@@ -102,7 +106,7 @@ def facts_of(processor: Processor) -> MediaFacts:
         wrap=template.media_wrap,
         wrap_is_tokens=all(text in processor.tokenizer.get_vocab() for text in template.media_wrap),
         around_clips=CLIP_ENDS if all(text in template.source for text in CLIP_ENDS) else ("", ""),
-        around_pictures=AROUND if all(text in template.source for text in AROUND) else template.media_wrap,
+        around_pictures=next((pair for pair in PAIRS if all(text in template.source for text in pair)), template.media_wrap),
         **_placeholders(processor),
     )
     return _limited(found, processor)
@@ -127,6 +131,9 @@ def _placeholders(processor: Processor) -> dict[str, Any]:
     ids, spec, known = processor.template.placeholder_ids, processor.specs.get("image"), processor.tokenizer.get_vocab()
     video = (spec.video_placeholder or "<|video_pad|>") if isinstance(spec, NativeSpec) else PLACEHOLDERS["video"]
     named = {"video": video, "vision_start": AROUND[0], "vision_end": AROUND[1]}
+    if isinstance(spec, NativeSpec) and spec.reader:
+        named = {kind: text for kind, text in GLM_TOKENS.items() if kind not in ids}
+        video = named["video"]
     tokens = {kind: str(processor.tokenizer.convert_ids_to_tokens(id_)) for kind, id_ in ids.items()}
     others = {kind: known.get(text, len(processor.tokenizer)) for kind, text in named.items()}
     return {"tokens": {**tokens, "video": video}, "ids": {**ids, **others}}

@@ -156,6 +156,7 @@ def open_vocabulary(config: RunConfig, world: World) -> tuple[Template, ModelCar
             state_tokens=data.state_tokens,
             unread=surplus.unread,
             system=data.system,
+            answer_end=data.answer_end,
             tokens=placeholder_tokens(media_specs(config.model)),
         ),
     )

@@ -67,7 +67,7 @@ def check_fit(data: DataConfig, specs: Mapping[str, MediaSpec]) -> None:
         raise ConfigError(
             "data.image_fit = 'native': the tower of model.vision.path reads squares of "
             f"{spec.size} pixels, not pictures at their own size; use 'pad', 'square', 'tiles' or 'anyres', or a tower that can: "
-            "SigLIP2 NaFlex, Pixtral, or that of a Qwen-VL"
+            "SigLIP2 NaFlex, Pixtral, or that of a Qwen-VL or GLM-4.1V"
         )
     raise ConfigError(
         f"data.image_fit = {data.image_fit!r}: the tower of model.vision.path reads pictures at their own size; set "

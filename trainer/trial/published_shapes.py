@@ -47,6 +47,28 @@ def _qwen_vl(sizes: tuple[int, int, int, int, int, int], version: str) -> Json:
     return _llm(kind, sizes, 32768, **ids, **rope, vision_config=tower, architectures=[cls], tie_word_embeddings=tied)
 
 
+def _glm4v() -> Json:
+    """Return config.json of a GLM-4.1V of 9B."""
+    text = _llm("glm4v_text", (4096, 13696, 40, 32, 2, 151552), 65536)
+    text |= {
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [8, 12, 12]},
+    }
+    tower = {
+        **{"depth": 24, "hidden_size": 1536, "num_heads": 12, "intermediate_size": 13696, "out_hidden_size": 4096},
+        **{"image_size": 336, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "rms_norm_eps": 1e-5},
+    }
+    return {
+        **{"model_type": "glm4v", "architectures": ["Glm4vForConditionalGeneration"], "tie_word_embeddings": False},
+        **{"text_config": text, "vision_config": tower},
+    }
+
+
+_GLM_PIXELS = {
+    **{"image_processor_type": "Glm4vImageProcessor", "image_mean": _CLIP_MEAN, "image_std": _CLIP_STD, "resample": 3},
+    **{"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "size": {"shortest_edge": 12_544, "longest_edge": 9_633_792}},
+}
 _QWEN_PIXELS = {
     **{"image_processor_type": "Qwen2VLImageProcessor", "image_mean": _CLIP_MEAN, "image_std": _CLIP_STD, "resample": 3},
     **{"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 3136, "max_pixels": 12_845_056},
@@ -95,6 +117,7 @@ CONFIGS: dict[str, Json] = {
         f"Qwen/Qwen{version}-VL-{size}-Instruct": _qwen_vl(_QWEN[base], version)
         for version, size, base in (("2", "2B", "1.5B"), ("2", "7B", "7B"), ("2.5", "3B", "3B"), ("2.5", "7B", "7B"))
     },
+    "zai-org/GLM-4.1V-9B-Thinking": _glm4v(),
     "openai/clip-vit-large-patch14-336": _tower("clip_vision_model", (1024, 4096, 24, 16, 336, 14)),
     "openai/clip-vit-large-patch14": _tower("clip_vision_model", (1024, 4096, 24, 16, 224, 14)),
     "google/siglip-so400m-patch14-384": _tower("siglip_vision_model", (1152, 4304, 27, 16, 384, 14)),
@@ -119,7 +142,7 @@ def published_shape(hub_id: str) -> dict[str, Json] | None:
     if "patch_size" in config:
         files["preprocessor_config.json"] = _processor(config)
     if "vision_config" in config:
-        files["preprocessor_config.json"] = dict(_QWEN_PIXELS)
+        files["preprocessor_config.json"] = dict(_GLM_PIXELS if config["model_type"] == "glm4v" else _QWEN_PIXELS)
     return files
 
 

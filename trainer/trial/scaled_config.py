@@ -35,7 +35,9 @@ def scaled_llm(value: Json, rows: int) -> Json:
             # The factors of a stretched rope are one per pair of the channels of a head.
             found[name] = {k: item[: _HEAD // 2] if isinstance(item, list) else item for k, item in value[name].items()}
     if "mrope_section" in value:  # pairs of the channels of a head, shared out among three axes
-        found["mrope_section"] = [_HEAD // 2 - 2 * (_HEAD // 6), _HEAD // 6, _HEAD // 6]
+        share = (value.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0)
+        pairs = int(_HEAD * share) // 2
+        found["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
     return found
 
 

@@ -9,54 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
 from data.media.video_stamps import own_stamps
 from model.config import VisionConfig
 from model.errors import ConfigError
 from model.media_spec import NativeSpec
-from model.multimodal import MultimodalLM
 from model.published.transformers_qwen_vl import AROUND
 from model.vision.native_tower import check_native_options
-from tests.support.finals import one_process
 from tests.support.published.asking import run_from
 from tests.support.published.families import families
 from tests.support.published.native import NATIVE_MAKERS, SIGNS
+from tests.support.published.native_films import FRAMES, noise, opened, patches_of, spoken
 from tests.support.tiny_media import folder
 from tools.exports.proofs import logits
-from trainer.config import RunConfig
-from trainer.records.run_data import RunData, open_data
-from trainer.runfile.stages import Stage
-from trainer.setup import build_run
-
-FRAMES = (1, 2, 3, 5)
-
-
-def opened(config: RunConfig) -> tuple[RunData, MultimodalLM]:
-    with one_process() as world:
-        data = open_data(config, world, first_start=True)
-        return data, build_run(Stage(config, config), data, world).model.eval()
-
-
-def noise(count: int, size: tuple[int, int]) -> list[Image.Image]:
-    return [Image.effect_noise(size, 90).convert("RGB") for _ in range(count)]
-
-
-def spoken(*parts: dict[str, str]) -> dict[str, Any]:
-    asked = [*parts, {"type": "text", "text": "What?"}]
-    answer = [{"type": "text", "text": "A cat."}]
-    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
-
-
-def patches_of(reader: Any, frames: list[Image.Image]) -> tuple[Tensor, list[int]]:
-    """Patches of a video and its grid, of the patches that the reader of pictures makes of each frame; the last fills a pair."""
-    read = reader.image_processor(images=frames, return_tensors="pt")
-    _, high, wide = read["image_grid_thw"][0].tolist()
-    stills = list(read["pixel_values"].unflatten(1, (3, 2, 4, 4))[:, :, 0].unflatten(0, (len(frames), -1)))
-    pairs = list(zip(stills[::2], [*stills[1::2], *stills[-1:]]))
-    return torch.cat([torch.stack(pair, dim=2) for pair in pairs]), [len(pairs), high, wide]
 
 
 def written_by(reader: Any, record: dict[str, Any], grids: list[list[int]], fps: float) -> list[int]:
