@@ -24,6 +24,8 @@ class LlmConfig:
     dequantize: bool = False
     """Read an FP8 folder as its matrices times their scales, as transformers does with dequantize=True; other quantised
     folders are refused."""
+    image_attention: Literal["causal", "two_way"] = "causal"
+    """Attention between tokens of one picture: causal, to earlier ones alone; two_way, to all of them, as Gemma 3 was trained."""
     router_loss: float = 0.0
     """Coefficient of the load-balancing loss of a mixture of experts; 0 = none, 0.001 to 0.02 are usual."""
     lr: float = 0.0
@@ -41,6 +43,8 @@ class VisionConfig:
     """What learns: frozen, nothing; lora, adapters; full, everything; positions, the position embeddings alone."""
     layer: int = -2
     """Hidden state that is read: -1 the last, -2 the last but one (LLaVA); 0 and up count from the embeddings."""
+    final_norm: bool = False
+    """Read the last block's rows behind the norm that follows it, as Gemma 3 does; for SigLIP with layer = -1 alone."""
     select: Literal["patch", "cls_patch"] = "patch"
     """Rows that are read: patch, without the CLS row; cls_patch, with it."""
     image_size: int = 0
@@ -67,8 +71,8 @@ class VisionConfig:
 class VisionProjectorConfig:
     kind: str = "mlp2x_gelu"
     """What maps features to the language model: linear, mlpNx_gelu, identity, pixel_shuffle_mlp, pixel_shuffle_v1_mlp,
-    pool_mlp, conv_mlp, vita_mlp, pixel_shuffleN_linear (N x N patches to a token, 2 to 4) or resampler; with a tower of variable
-    size, the first three, pixel_shuffle_mlp, pool_mlp or a published model's merger."""
+    pool_mlp, conv_mlp, vita_mlp, pixel_shuffleN_linear or poolN_norm_linear (N x N patches to a token, 2 to 4) or resampler; with
+    a tower of variable size, the first three, pixel_shuffle_mlp, pool_mlp or a published model's merger."""
     tune: Literal["frozen", "full"] = "full"
     """What learns: frozen, nothing; full, everything."""
     path: str = ""

@@ -12,6 +12,9 @@ from functools import partial
 
 from model.card import ModelCard
 from model.errors import ConfigError
+from model.exports.hf_gemma import PROJECTOR_NAMES as GEMMA_NAMES
+from model.exports.hf_gemma import TOWER_NAME as GEMMA_TOWER
+from model.exports.hf_gemma import TWO_WAY, gemma_config, gemma_problems
 from model.exports.hf_idefics import CONNECTOR_NAMES, DECODER_NAMES, TOWER_NAME, idefics_config, idefics_problems
 from model.exports.hf_native import NativeForm, native_config, native_problems, native_text
 from model.exports.hf_pixtral import (
@@ -32,7 +35,7 @@ from model.files.untrusted import Json
 from model.media_spec import ImageSpec, MediaMeta, image_spec, num_tokens, view_tokens
 from model.multimodal import MultimodalLM
 from model.vision.merger import MISTRAL_EPSILON
-from model.vision.projector import SHUFFLES
+from model.vision.projector import POOLS, SHUFFLES
 
 MLP_NAMES = (("0.", "multi_modal_projector.linear_1."), ("2.", "multi_modal_projector.linear_2."))
 NEWLINE_NAME = ("image_newline", "image_newline")
@@ -65,9 +68,15 @@ class HfClass:
 def choose_class(card: ModelCard, facts: MediaFacts) -> HfClass:
     """Return the class that comes nearest to the run. Raises `ConfigError` with everything that it cannot express."""
     found = _nearest(card, facts)
-    if problems := [*found.problems(card, facts), *head_problems(card, _bare_heads(found))]:
+    if problems := [*found.problems(card, facts), *([] if found is GEMMA3 else causal_problems(card)), *head_problems(card, _bare_heads(found))]:
         raise ConfigError(f"cannot be written for {found.name}: " + "; ".join(problems))
     return found
+
+
+def causal_problems(card: ModelCard) -> Iterator[str]:
+    """Yield the attention between tokens of a picture that no class but Gemma 3's has."""
+    if (way := card.model.llm.image_attention) == TWO_WAY:
+        yield f"model.llm.image_attention = {way!r}: only Gemma3ForConditionalGeneration lets tokens of a picture see each other so"
 
 
 def _nearest(card: ModelCard, facts: MediaFacts) -> HfClass:
@@ -82,6 +91,8 @@ def _nearest(card: ModelCard, facts: MediaFacts) -> HfClass:
         return LLAVA_PIXTRAL
     if kind == SHUFFLE:
         return INTERN_VL
+    if kind in POOLS:
+        return GEMMA3
     if kind in SHUFFLES:
         return SMOLVLM if card.hugging_face["vision"]["model_type"] == "smolvlm_vision" else IDEFICS3
     if facts.fit == "anyres":
@@ -257,4 +268,5 @@ def _idefics(name: str, model_type: str) -> HfClass:
 
 IDEFICS3 = _idefics("Idefics3ForConditionalGeneration", "idefics3")
 SMOLVLM = _idefics("SmolVLMForConditionalGeneration", "smolvlm")
-CLASSES = (LLAVA, NEXT, ONEVISION, INTERN_VL, QWEN2_AUDIO, *NATIVE, LLAVA_PIXTRAL, MISTRAL3, IDEFICS3, SMOLVLM)
+GEMMA3 = HfClass("Gemma3ForConditionalGeneration", "gemma3", GEMMA_NAMES, gemma_problems, gemma_config, tower=GEMMA_TOWER)
+CLASSES = (LLAVA, NEXT, ONEVISION, INTERN_VL, QWEN2_AUDIO, *NATIVE, LLAVA_PIXTRAL, MISTRAL3, IDEFICS3, SMOLVLM, GEMMA3)
