@@ -68,9 +68,9 @@ class CentredNorm(nn.Module):
         set_spread(self, "weight", 0.0)
 
     def forward(self, rows: Tensor) -> Tensor:
-        wide = rows.float() if rows.dtype != torch.float64 else rows
+        wide = rows.float()
         found = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + GEMMA_EPSILON)
-        return (found * (1.0 + self.weight.to(wide.dtype))).type_as(rows)
+        return (found * (1.0 + self.weight.float())).type_as(rows)
 
 
 class PooledNormLinear(nn.Module):

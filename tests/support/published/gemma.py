@@ -156,5 +156,6 @@ GEMMA_MAKERS = {
         "encoder.layers.1.self_attn.q_proj",
         lambda inputs: inputs["pixel_values"],
         gemma_tokens,
+        compiles=False,
     )
 }
