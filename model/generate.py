@@ -65,7 +65,13 @@ def generate(llm: CausalLM, prompts: Prompts, options: GenerationOptions) -> lis
         **sampling,
     )
     positions = {} if prompts.position_ids is None else {"position_ids": prompts.position_ids}
-    with torch.no_grad(), masked_attention(llm), two_way(llm, prompts), no_settings(llm), torch.random.fork_rng(enabled=options.seed is not None):
+    with (
+        torch.no_grad(),
+        masked_attention(llm),
+        two_way(llm, prompts),
+        no_settings(llm),
+        torch.random.fork_rng(enabled=options.seed is not None),
+    ):
         if options.seed is not None:
             torch.manual_seed(options.seed)
         ids = llm.generate(

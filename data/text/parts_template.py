@@ -39,24 +39,24 @@ def own_source(tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str], me
         source: str = tokenizer.get_chat_template()
     except ValueError:
         raise ConfigError(f"data.template = 'auto': the tokenizer has no chat template; name one: {', '.join(FORMATS)}") from None
-    if takes_parts(source):
-        return source
+    if takes_parts(source):  # a run wrote it, or an export for a class of transformers
+        return with_whole_pictures(source, tokens["image"], media_wrap)
     found = with_parts(tokenizer, with_whole_pictures(freeze_date(source), tokens["image"], media_wrap), tokens)
     if (sign := sign_of(media_wrap)) and sign in source and not takes_parts(found):
         raise ConfigError(
-            f"data.template = 'auto': the chat template holds {sign!r}, and not as the text that it writes for a part of type image: "
+            f"data.template = 'auto': the chat template holds {sign!r}, and not as the text that it writes for a picture: "
             f"data.media_wrap = {list(media_wrap)} cannot be written in its place"
         )
     return found
 
 
 def sign_of(media_wrap: Sequence[str]) -> str:
-    """Return the token that a template writes for a picture where the processor writes `media_wrap` around its features (Gemma 3)."""
+    """Return the token that a template writes for a picture where its processor writes `media_wrap` around features (Gemma 3)."""
     return media_wrap[0].strip() if media_wrap else ""
 
 
 def with_whole_pictures(source: str, token: str, media_wrap: Sequence[str]) -> str:
-    """Return the template `source` with all that stands for a picture in place of its sign: `media_wrap` around the feature `token`.
+    """Return the template `source` with all that stands for a picture in place of its sign: `media_wrap` around `token`.
 
     A template that writes the token itself, or no such sign, is returned as it is.
     """

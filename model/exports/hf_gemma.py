@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from model.card import ModelCard
 from model.exports.hf_native import layer_problems
-from model.exports.hf_problems import audio_problems
+from model.exports.hf_problems import TWO_WAY, audio_problems
 from model.exports.media_facts import MediaFacts
 from model.files.untrusted import Json
 from model.media_spec import ImageSpec, image_spec, view_tokens
@@ -15,7 +15,7 @@ from model.vision.grid_projector import GEMMA_EPSILON
 
 PROJECTOR_NAMES = (("", "multi_modal_projector."),)
 TOWER_NAME = "vision_tower.vision_model."
-SIGLIP, TEXT, TWO_WAY = "siglip_vision_model", "gemma3_text", "two_way"
+SIGLIP, TEXT = "siglip_vision_model", "gemma3_text"
 
 
 def gemma_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
@@ -29,7 +29,7 @@ def gemma_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
     if not vision.final_norm:
         yield "model.vision.final_norm = false: this class reads its tower behind its last norm"
     if (found := tower.get("layer_norm_eps", GEMMA_EPSILON)) != GEMMA_EPSILON:
-        yield f"model.vision.path: layer_norm_eps = {found}, by which this class norms pooled rows too; training did by {GEMMA_EPSILON}"
+        yield f"model.vision.path: layer_norm_eps = {found}, by which this class norms pooled rows too; here by {GEMMA_EPSILON}"
     if (kind := text["model_type"]) != TEXT:
         yield f"model.llm.path: {kind!r} is not {TEXT}, the one language model of this class"
     if (way := card.model.llm.image_attention) != TWO_WAY:
@@ -41,7 +41,7 @@ def gemma_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
     before, behind = facts.around
     if not (before.startswith("\n\n") and behind.endswith("\n\n") and before.strip() in facts.ids and behind.strip() in facts.ids):
         yield (
-            f"data.media_wrap = {list(facts.wrap)}: its processor writes two line breaks and a token before a picture, and a token and "
+            f"data.media_wrap = {list(facts.wrap)}: its processor writes two line breaks and a token before a picture, a token and "
             r"two line breaks behind it, as ['\n\n<start_of_image>', '<end_of_image>\n\n']"
         )
     yield from audio_problems(card)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from model.exports.hf_classes import GEMMA3, IDEFICS3, INTERN_VL, LLAVA, NATIVE, NEXT, ONEVISION, SMOLVLM, HfClass, strategy
+from model.exports.hf_classes import GEMMA3, IDEFICS3, INTERN_VL, LLAVA, NATIVE, NEXT, ONEVISION, SMOLVLM, HfClass
+from model.exports.hf_configs import strategy
 from model.exports.hf_gemma import gemma_reader, gemma_tokens
 from model.exports.hf_idefics import frame_reader, idefics_reader
 from model.exports.hf_native import native_clips, native_pixels

@@ -59,10 +59,11 @@ def causal_attention(
     pictures: PictureMasks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute causal attention, but for what `pictures` see ahead: query (B, H, T, D), key and value (B, Hkv, T, D) -> (B, T, H, D), None.
+    """Compute causal attention: query (B, H, T, D), key and value (B, Hkv, T, D) -> (B, T, H, D), None.
 
     A real token never sees padding on the right, so causality alone is enough without a mask. The exception is a sliding window
-    shorter than T: its band (T, T) is materialised. Capped scores (B, H, T, T) are materialised as well.
+    shorter than T: its band (T, T) is materialised. Capped scores (B, H, T, T) are materialised as well, and with `pictures`, whose
+    tokens see each other in both directions, a mask of each row.
     """
     length = query.shape[2]
     if attention_mask is not None or key.shape[2] != length:
@@ -103,7 +104,9 @@ def packed_attention(
     """
     if torch.compiler.is_compiling():  # a graph in which the lengths stood as numbers would be of one batch alone
         if shared_prompts is not None or pictures is not None:
-            raise ValueError(f"{PACKED}: segments with a shared prompt or two-way pictures are not compiled: parallel.compile = false")
+            raise ValueError(
+                f"{PACKED}: segments with a shared prompt or two-way pictures are not compiled: parallel.compile = false"
+            )
         return _packed_in_graph(query, key, value, (segment_borders, segment_table, longest_segment), **kwargs), None
     length = query.shape[2]
     if segment_lengths is None or segment_borders is None or (1, sum(segment_lengths)) != (query.shape[0], length):

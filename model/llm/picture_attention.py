@@ -74,7 +74,7 @@ class PictureMasks:
 
 
 def pictures_of(llm: CausalLM, batch: Batch) -> PictureMasks | None:
-    """Return the pictures of a batch whose tokens see each other in both directions; None where there are none, or all is causal."""
+    """Return the pictures of a batch whose tokens see each other in both directions; None where all is causal."""
     if getattr(llm, "image_attention", "") != TWO_WAY or not batch.pictures:
         return None
     rows, length = batch.input_ids.shape
@@ -96,7 +96,9 @@ def attend_in_rows(module: nn.Module, inputs: Inputs, pictures: PictureMasks, **
     return _masked(module, inputs, pictures.stacked(how.get("sliding_window"), inputs[0]), **how)
 
 
-def attend_in_segments(module: nn.Module, inputs: Inputs, pictures: PictureMasks, alone: Callable[[range], Tensor], **how: Any) -> Tensor:
+def attend_in_segments(
+    module: nn.Module, inputs: Inputs, pictures: PictureMasks, alone: Callable[[range], Tensor], **how: Any
+) -> Tensor:
     """Compute attention within segments of a packed row, of which some have pictures -> (1, T, H, D).
 
     `alone` computes neighbouring segments without pictures, by their numbers.

@@ -65,19 +65,25 @@ def pooled_side(source: Published) -> int:
     whole: Any = source.whole
     tower, text = whole.vision_config, whole.text_config
     if (kind := tower.model_type) != "siglip_vision_model" or text.model_type != "gemma3_text":
-        raise source.refused(f"vision_config is of {kind!r} and text_config of {text.model_type!r}; a Gemma 3 has a SigLIP and a gemma3_text")
+        raise source.refused(
+            f"vision_config is of {kind!r} and text_config of {text.model_type!r}; a Gemma 3 has a SigLIP and a gemma3_text"
+        )
     if text.use_bidirectional_attention:
         raise source.refused("use_bidirectional_attention = true in config.json: such a model reads texts and writes none")
     if (found := tower.layer_norm_eps) != EPSILON:
-        raise source.refused(f"vision_config.layer_norm_eps = {found} in config.json, by which the projector norms too; here by {EPSILON}")
+        raise source.refused(
+            f"vision_config.layer_norm_eps = {found} in config.json, by which the projector norms too; here by {EPSILON}"
+        )
     tokens, grid = whole.mm_tokens_per_image, tower.image_size // tower.patch_size
     if (counted := source.json("processor_config.json").get("image_seq_length", TOKENS_PER_PICTURE)) != tokens:
-        raise source.refused(f"image_seq_length = {counted} in processor_config.json, and mm_tokens_per_image = {tokens} in config.json")
+        raise source.refused(
+            f"image_seq_length = {counted} in processor_config.json, and mm_tokens_per_image = {tokens} in config.json"
+        )
     for side in SIDES:
         if tokens == math.isqrt(tokens) ** 2 and grid == side * math.isqrt(tokens):
             return side
     raise source.refused(
-        f"mm_tokens_per_image = {tokens} in config.json for {grid} x {grid} patches; squares of {SIDES} patches become one token here"
+        f"mm_tokens_per_image = {tokens} in config.json for {grid} x {grid} patches; squares of {SIDES} patches become a token"
     )
 
 

@@ -18,7 +18,15 @@ from model.published.table import part_config, part_processor
 from model.vision.multi_scale import merge_scales, scale_tiles
 from model.vision.native_kinds import NATIVE_TOWERS
 from model.vision.native_tower import native_spec
-from model.vision.tower_kinds import TOWERS, behind_norm, num_blocks, num_prefix, remove_unused_layers, square_side, transformers_config
+from model.vision.tower_kinds import (
+    TOWERS,
+    behind_norm,
+    num_blocks,
+    num_prefix,
+    remove_unused_layers,
+    square_side,
+    transformers_config,
+)
 
 SETTING = "model.vision.path"
 RESIZE = {

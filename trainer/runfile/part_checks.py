@@ -29,7 +29,10 @@ def vision_problems(model: ModelConfig) -> Iterator[str]:
         if vision.scales and vision.select != "patch":
             yield "model.vision.scales with model.vision.select = 'cls_patch': several views have several CLS rows; use 'patch'"
         if vision.final_norm and vision.layer != -1:
-            yield f"model.vision.final_norm = true with model.vision.layer = {vision.layer}: the norm follows the last block; set it to -1"
+            yield (
+                f"model.vision.final_norm = true with model.vision.layer = {vision.layer}: the norm follows the last block; set "
+                "model.vision.layer = -1"
+            )
     if projector is None:
         return
     if not is_pointwise(projector.kind) and projector.kind not in (*GRID_KINDS, *NATIVE_KINDS, RESAMPLER):
@@ -51,7 +54,7 @@ def picture_problems(config: RunConfig) -> Iterator[str]:
     if model.vision is None:
         yield f"{why} has no effect without [model.vision]: remove it"
     if model.attention not in OUR_ATTENTION:
-        yield f"model.attention = {model.attention!r} with {why}: only {' and '.join(map(repr, OUR_ATTENTION))} see a picture both ways"
+        yield f"model.attention = {model.attention!r} with {why}: use {' or '.join(map(repr, OUR_ATTENTION))}"
     if config.parallel.compile:
         yield (
             f"parallel.compile = {config.parallel.compile!r} with {why}: blocks are not compiled for documents that have masks of "

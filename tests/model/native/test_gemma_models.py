@@ -104,7 +104,9 @@ def test_settings_that_would_make_another_model_are_refused(
 
 def test_both_ways_need_a_tower_and_a_language_model_that_was_compared(models: BothModels) -> None:
     with pytest.raises(ConfigError, match=r"image_attention = 'two_way' has no effect without \[model.vision\]"):
-        parse_config({"output_dir": "x", "model": {"llm": {"path": "x", "image_attention": "two_way"}}, "train": {"max_steps": 0}}, "x")
+        parse_config(
+            {"output_dir": "x", "model": {"llm": {"path": "x", "image_attention": "two_way"}}, "train": {"max_steps": 0}}, "x"
+        )
     llm: Any = nn.Module()
     llm.config = type("Config", (), {"model_type": "llama"})
     with pytest.raises(ConfigError, match="with a language model of model_type 'llama': it is built for gemma3_text"):

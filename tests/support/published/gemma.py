@@ -102,7 +102,7 @@ def write_gemma(folder: Path, hub: bool) -> None:
     model = Gemma3ForConditionalGeneration(config)
     spread(model)
     with torch.no_grad():  # else a head that is tied repeats the last token for ever
-        model.get_input_embeddings().weight.mul_(0.02)
+        model.get_input_embeddings().weight.mul_(0.2)
     model.save_pretrained(folder, save_original_format=hub)
     if hub:
         as_on_the_hub(folder)
