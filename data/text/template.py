@@ -167,8 +167,7 @@ class Template:
     @cached_property
     def _wording(self) -> Wording:
         parts, only = takes_parts(self.source), self.name in FORMATS and FORMATS[self.name].placeholders_only
-        wrap = () if parts else self.media_wrap  # with parts the template writes it
-        return Wording(self.name, self.placeholders, wrap, self.state_tokens, self.tokens, only, parts)
+        return Wording(self.name, self.placeholders, () if parts else self.media_wrap, self.state_tokens, self.tokens, only, parts)
 
     @property
     def layouts(self) -> TextLayouts:
@@ -213,8 +212,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerFast, options: Templa
     check_state_tokens(tokenizer, state_tokens)
     lead = lead_token(tokenizer) if name in FORMATS else ""
     source = with_system_text(named_source(name, lead, tokenizer, tokens, media_wrap), options.system)
-    written = content_tokens(source, tokens, media_wrap)
-    in_contents = () if takes_parts(source) else media_wrap
+    written, in_contents = content_tokens(source, tokens, media_wrap), () if takes_parts(source) else media_wrap
     free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *STATE_TOKENS[state_tokens].values(), *thought_tags(source)}
     free = free - {*needs, *tokenizer.special_tokens_map.values()} | {*written.values()}
     special = special_ids(tokenizer, free - template_tokens(tokens, written, in_contents))

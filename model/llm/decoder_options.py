@@ -1,4 +1,4 @@
-"""Which attention a batch needs of the decoder: one of our two functions, or in generation one that takes masks and a cache."""
+"""Arguments of the decoder by which a batch gets its attention: one of our two functions, or one that takes masks and a cache."""
 
 from __future__ import annotations
 
