@@ -24,12 +24,12 @@ class LlmConfig:
     dequantize: bool = False
     """Read an FP8 folder as its matrices times their scales, as transformers does with dequantize=True; other quantised
     folders are refused."""
-    image_attention: Literal["causal", "two_way"] = "causal"
-    """Attention between tokens of one picture: causal, to earlier ones alone; two_way, to all of them, as Gemma 3 was trained."""
     router_loss: float = 0.0
     """Coefficient of the load-balancing loss of a mixture of experts; 0 = none, 0.001 to 0.02 are usual."""
     lr: float = 0.0
     """Peak learning rate of the language model; 0 = optim.lr."""
+    image_attention: Literal["causal", "two_way"] = "causal"
+    """Attention between tokens of one picture: causal, to earlier ones alone; two_way, to all of them, as Gemma 3 was trained."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,6 @@ class VisionConfig:
     """What learns: frozen, nothing; lora, adapters; full, everything; positions, the position embeddings alone."""
     layer: int = -2
     """Hidden state that is read: -1 the last, -2 the last but one (LLaVA); 0 and up count from the embeddings."""
-    final_norm: bool = False
-    """Read the last block's rows behind the norm that follows it, as Gemma 3 does; for SigLIP with layer = -1 alone."""
     select: Literal["patch", "cls_patch"] = "patch"
     """Rows that are read: patch, without the CLS row; cls_patch, with it."""
     image_size: int = 0
@@ -65,6 +63,8 @@ class VisionConfig:
     """What was trained on top of path: vision.safetensors of an export, or its folder; '' = nothing."""
     lr: float = 0.0
     """Peak learning rate of the tower; 0 = optim.lr. A tenth of it or less is usual where the tower learns."""
+    final_norm: bool = False
+    """Read the last block's rows behind the norm that follows it, as Gemma 3 does; for SigLIP with layer = -1 alone."""
 
 
 @dataclass(frozen=True)
