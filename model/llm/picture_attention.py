@@ -24,7 +24,7 @@ from model.llm.scores import CappedScores, capped
 TWO_WAY = "two_way"
 SUPPORTED = ("gemma3_text",)
 """Language models, by model_type, whose attention in both directions is compared with transformers'."""
-_ALIGNED = 16  # elements; kernels of CUDA copy a mask whose rows are not aligned
+_ALIGNED = 16  # elements
 
 Run = tuple[int, int]
 """First position of a picture's tokens and their number."""
@@ -39,7 +39,7 @@ class PictureMasks:
         """Share out the runs `pictures`, at positions in all documents together, to documents of `lengths`."""
         self.lengths = tuple(lengths)
         self._runs: list[list[Run]] = [[] for _ in lengths]
-        self._made: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
+        self._made: dict[tuple[int | None, int | None, torch.dtype], Tensor] = {}
         document, start = 0, 0
         for first, length in sorted(pictures):
             while first >= start + lengths[document]:
@@ -58,19 +58,27 @@ class PictureMasks:
         """Return what is added to the scores of a document of T tokens, (T, T): 0, or minus infinity for what is not seen."""
         key = (document, window, like.dtype)
         if key not in self._made:
-            length = self.lengths[document]
-            seen = torch.ones(length, length, dtype=torch.bool, device=like.device).tril_()
-            for first, count in self._runs[document]:
-                seen[first : first + count, first : first + count] = True
-            if window is not None:
-                seen.triu_(1 - window)
-            wide = torch.zeros(length, length + -length % _ALIGNED, dtype=like.dtype, device=like.device)
-            self._made[key] = wide[:, :length].masked_fill_(~seen, -torch.inf)
-        return self._made[key]
+            self._made[key] = self._mask(document, window, like)
+        return self._made[key][:, : self.lengths[document]]
 
     def stacked(self, window: int | None, like: Tensor) -> Tensor:
         """Return the masks of rows of one length, (B, 1, T, T)."""
-        return torch.stack([self.of(row, window, like) for row in range(len(self.lengths))])[:, None]
+        key = (None, window, like.dtype)
+        if key not in self._made:
+            self._made[key] = torch.stack([self._mask(row, window, like) for row in range(len(self.lengths))])[:, None]
+        return self._made[key][..., : self.lengths[0]]
+
+    def _mask(self, document: int, window: int | None, like: Tensor) -> Tensor:
+        """Make the mask of a document, with columns behind it that nobody reads: kernels of CUDA would copy one without them."""
+        length = self.lengths[document]
+        seen = torch.ones(length, length, dtype=torch.bool, device=like.device).tril_()
+        for first, count in self._runs[document]:
+            seen[first : first + count, first : first + count] = True
+        if window is not None:
+            seen.triu_(1 - window)
+        wide = torch.zeros(length, length + -length % _ALIGNED, dtype=like.dtype, device=like.device)
+        wide[:, :length].masked_fill_(~seen, -torch.inf)
+        return wide
 
 
 def pictures_of(llm: CausalLM, batch: Batch) -> PictureMasks | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -28,6 +29,7 @@ from tests.support.published.asking import run_from
 from tests.support.published.gemma import GEMMA_MAKERS, PER_PICTURE, WINDOW
 from tests.support.published.native_runs import BothModels, assert_same_gradients, both_models, built, few_records, picture, talk
 from trainer.distributed.blocks import block_owner, checkpoint_activations
+from trainer.memory.simulate import live_bytes
 from trainer.runfile.load import parse_config
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -277,3 +279,16 @@ def test_prompts_on_either_side_of_their_padding_are_read_alike(models: BothMode
         torch.testing.assert_close(found[i, -length:], expected[i, :length], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(same[i, :length], expected[i, :length], rtol=1e-5, atol=1e-5)
     assert collate_packed([], 0).pictures == ()
+
+
+def test_a_plan_counts_the_masks_that_layers_keep(models: BothModels, tmp_path: Path) -> None:
+    """One for all layers of a kind, in backward too."""
+    model, batch = deepcopy(models.ours).to("meta"), models.batch(talk(picture(tmp_path, 33, 44))).to(torch.device("meta"))
+
+    def held(way: str) -> int:
+        model.llm.image_attention = way
+        return live_bytes(model, lambda: model(batch)["text"].sum, []).activations
+
+    length = batch.input_ids.shape[1]
+    masks = 2 * length * (length + -length % 16) * 4
+    assert masks <= held("two_way") - held("causal") <= 1.5 * masks
