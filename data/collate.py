@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -41,6 +41,7 @@ def collate(samples: Sequence[Sample], pad_id: int, side: Literal["right", "left
         for row, (sample, start, length) in enumerate(zip(samples, starts, lengths)):
             positions[:, row, start : start + length] = own_positions(sample, 3)
     supervised = np.flatnonzero(labels != IGNORE_INDEX)
+    media = _media(samples, [row * width + start for row, start in enumerate(starts)])
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
@@ -49,7 +50,8 @@ def collate(samples: Sequence[Sample], pad_id: int, side: Literal["right", "left
         supervised=torch.from_numpy(supervised),
         owners=torch.from_numpy(supervised // width),
         **_names(samples),
-        media=_media(samples, [row * width + start for row, start in enumerate(starts)]),
+        media=media,
+        pictures=picture_runs(media, np.arange(num_rows + 1) * width),
     )
 
 
@@ -64,6 +66,7 @@ def collate_packed(samples: Sequence[Sample], pad_id: int) -> Batch:
     borders = np.cumsum([0, *lengths])
     labels = np.concatenate([sample.labels for sample in samples] or [np.array([IGNORE_INDEX])])
     supervised = np.flatnonzero(labels != IGNORE_INDEX)
+    media = _media(samples, borders[:-1].tolist())
     return Batch(
         input_ids=torch.from_numpy(np.concatenate(ids)[None]),
         labels=torch.from_numpy(labels[None]),
@@ -74,8 +77,22 @@ def collate_packed(samples: Sequence[Sample], pad_id: int) -> Batch:
         **_names(samples),
         segment_lengths=tuple(lengths),
         segment_borders=torch.from_numpy(borders.astype(np.int32)),
-        media=_media(samples, borders[:-1].tolist()),
+        media=media,
+        pictures=picture_runs(media, borders),
     )
+
+
+def picture_runs(media: Mapping[str, Media], borders: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Return the first flat position and the length of each run of pictures' tokens; none goes over one of `borders`, which rows or
+    segments have between them.
+    """
+    if (seen := media.get("image")) is None:
+        return ()
+    slots = np.sort(seen.slots.numpy())
+    begins = np.flatnonzero(np.diff(slots, prepend=-2) != 1)
+    begins = np.union1d(begins, np.flatnonzero(np.isin(slots, borders)))
+    lengths = np.diff(begins, append=len(slots))
+    return tuple(zip(slots[begins].tolist(), lengths.tolist()))
 
 
 def own_positions(sample: Sample, axes: int) -> np.ndarray:

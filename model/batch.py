@@ -113,6 +113,7 @@ class Batch:
     segment_lengths: tuple[int, ...] | None = None  # packed: tokens of each segment of the row; else None
     segment_borders: Tensor | None = None  # (n + 1,) int32, packed: start of each segment, and the end of the last
     media: dict[str, Media] = field(default_factory=dict)  # by modality; a modality that no sample has is absent
+    pictures: tuple[tuple[int, int], ...] = ()  # first flat position and length of each run of pictures' tokens, on the CPU
     answers: Answers | None = None  # of samples of preferences; None where there are none
     shared: SharedPrompts | None = None  # packed: None where each segment sees itself alone
 

@@ -18,6 +18,7 @@ from model.lean_layers import make_lean
 from model.llm.causal_lm import VocabularyLayout, build_llm, head_weight
 from model.llm.early_features import EarlyFeatures
 from model.llm.new_tokens import add_new_rows
+from model.llm.picture_attention import TWO_WAY, allow_two_way
 from model.llm.quantized_linear import quantise
 from model.llm.router_loss import RouterTap
 from model.lora import add_lora, target_paths
@@ -65,6 +66,8 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
     with parameters_on_meta():
         llm = build_llm(card.hugging_face["llm"], config.attention, card.vocabulary)
         head_weight(llm)
+        if config.llm.image_attention == TWO_WAY:
+            allow_two_way(llm)
         width = llm.get_input_embeddings().embedding_dim
         if config.vision is not None and config.vision_projector is not None:
             packed = card.hugging_face["vision"]["model_type"] in NATIVE_TOWERS  # pictures at their own size

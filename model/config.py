@@ -28,6 +28,8 @@ class LlmConfig:
     """Coefficient of the load-balancing loss of a mixture of experts; 0 = none, 0.001 to 0.02 are usual."""
     lr: float = 0.0
     """Peak learning rate of the language model; 0 = optim.lr."""
+    image_attention: Literal["causal", "two_way"] = "causal"
+    """Attention between tokens of one picture: causal, to earlier ones alone; two_way, to all of them, as Gemma 3 was trained."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,16 @@ class VisionConfig:
     """What was trained on top of path: vision.safetensors of an export, or its folder; '' = nothing."""
     lr: float = 0.0
     """Peak learning rate of the tower; 0 = optim.lr. A tenth of it or less is usual where the tower learns."""
+    final_norm: bool = False
+    """Read the last block's rows behind the norm that follows it, as Gemma 3 does; for SigLIP with layer = -1 alone."""
 
 
 @dataclass(frozen=True)
 class VisionProjectorConfig:
     kind: str = "mlp2x_gelu"
     """What maps features to the language model: linear, mlpNx_gelu, identity, pixel_shuffle_mlp, pixel_shuffle_v1_mlp,
-    pool_mlp, conv_mlp, vita_mlp, pixel_shuffleN_linear (N x N patches to a token, 2 to 4) or resampler; with a tower of variable
-    size, the first three, pixel_shuffle_mlp, pool_mlp or a published model's merger."""
+    pool_mlp, conv_mlp, vita_mlp, pixel_shuffleN_linear or poolN_norm_linear (N x N patches to a token, 2 to 4) or resampler; with
+    a tower of variable size, the first three, pixel_shuffle_mlp, pool_mlp or a published model's merger."""
     tune: Literal["frozen", "full"] = "full"
     """What learns: frozen, nothing; full, everything."""
     path: str = ""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from model.llm.attention import masked_attention
+from model.llm.decoder_options import masked_attention
 from model.llm.interface import CausalLM
+from model.llm.picture_attention import PictureMasks, prompt_masks
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Prompts:
     embeds: Tensor  # (B, T, D)
     mask: Tensor  # (B, T) 1 for real tokens
     position_ids: Tensor | None = None  # (3, B, T) positions of three axes; None: real tokens are counted
+    pictures: PictureMasks | None = None  # whose tokens see each other in both directions
 
 
 def generate(llm: CausalLM, prompts: Prompts, options: GenerationOptions) -> list[list[int]]:
@@ -62,7 +65,13 @@ def generate(llm: CausalLM, prompts: Prompts, options: GenerationOptions) -> lis
         **sampling,
     )
     positions = {} if prompts.position_ids is None else {"position_ids": prompts.position_ids}
-    with torch.no_grad(), masked_attention(llm), no_settings(llm), torch.random.fork_rng(enabled=options.seed is not None):
+    with (
+        torch.no_grad(),
+        masked_attention(llm),
+        two_way(llm, prompts),
+        no_settings(llm),
+        torch.random.fork_rng(enabled=options.seed is not None),
+    ):
         if options.seed is not None:
             torch.manual_seed(options.seed)
         ids = llm.generate(
@@ -74,6 +83,25 @@ def generate(llm: CausalLM, prompts: Prompts, options: GenerationOptions) -> lis
             **positions,
         )
     return [until_stop(row, options.stop_ids) for row in ids.tolist()]
+
+
+@contextmanager
+def two_way(llm: CausalLM, prompts: Prompts) -> Iterator[None]:
+    """Let the pictures of the prompts see themselves in both directions inside the context; what is generated is causal."""
+    if prompts.pictures is None:
+        yield
+        return
+    masks = prompt_masks(prompts.pictures, prompts.mask, llm.config, prompts.embeds)
+
+    def with_masks(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        reads_prompts = options.get("inputs_embeds") is not None
+        return args, {**options, "attention_mask": masks} if reads_prompts else options
+
+    hook = llm.get_decoder().register_forward_pre_hook(with_masks, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class TokenListener:

@@ -14,11 +14,12 @@ from model.encoder import Encoder
 from model.errors import ConfigError
 from model.files.sharding import is_sharded_module
 from model.generate import GenerationOptions, Prompts, generate
-from model.llm.attention import decoder_options, masked_attention
 from model.llm.causal_lm import head_weight
+from model.llm.decoder_options import decoder_options, masked_attention
 from model.llm.early_features import widened
 from model.llm.interface import CausalLM
 from model.llm.new_tokens import new_head_rows
+from model.llm.picture_attention import pictures_of
 from model.llm.router_loss import RouterTap
 from model.loss import HeadOptions, LossTerm, Term, text_term
 from model.media_spec import MediaSpec
@@ -96,7 +97,7 @@ class MultimodalLM(nn.Module):
     def decode_embeds(self, embeds: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """Compute what `decode` does from embeddings (B, T, D)."""
         decoder = self.llm.get_decoder()
-        options = decoder_options(self.llm, batch)
+        options = decoder_options(self.llm, batch, embeds)
         if rows is not None:
             options["supervised_rows"] = rows
         return decoder(inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **options).last_hidden_state
@@ -197,4 +198,5 @@ class MultimodalLM(nn.Module):
         mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         with torch.no_grad():
             embeds = self.embed(batch)
-        return generate(self.llm, Prompts(embeds, mask, batch.position_ids if batch.position_ids.ndim == 3 else None), options)
+        axes = batch.position_ids if batch.position_ids.ndim == 3 else None
+        return generate(self.llm, Prompts(embeds, mask, axes, pictures_of(self.llm, batch)), options)

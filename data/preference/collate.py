@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.collate import collate, collate_packed
+from data.collate import collate, collate_packed, picture_runs
 from data.preference.sample import LEARNED, PreferenceSample
 from data.sample import Sample
 from model.batch import IGNORE_INDEX, Answers, Batch, Media, SharedPrompts
@@ -47,6 +47,7 @@ def collate_answers(samples: Sequence[Sample], pad_id: int) -> Batch:
         batch,
         position_ids=positions,
         media=media,
+        pictures=picture_runs(media, np.arange(len(batch.input_ids) + 1) * width),
         answers=answers,
         owners=torch.from_numpy(rows)[batch.owners],
         sample_ids=torch.tensor([sample.sample_id for sample in pairs]),

@@ -166,8 +166,8 @@ class Template:
 
     @cached_property
     def _wording(self) -> Wording:
-        wrap, only = self.media_wrap, self.name in FORMATS and FORMATS[self.name].placeholders_only
-        return Wording(self.name, self.placeholders, wrap, self.state_tokens, self.tokens, only, takes_parts(self.source))
+        parts, only = takes_parts(self.source), self.name in FORMATS and FORMATS[self.name].placeholders_only
+        return Wording(self.name, self.placeholders, () if parts else self.media_wrap, self.state_tokens, self.tokens, only, parts)
 
     @property
     def layouts(self) -> TextLayouts:
@@ -211,11 +211,11 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerFast, options: Templa
     needs = needed_tokens(name, tokenizer)
     check_state_tokens(tokenizer, state_tokens)
     lead = lead_token(tokenizer) if name in FORMATS else ""
-    source = with_system_text(named_source(name, lead, tokenizer, tokens, options.answer_end), options.system)
-    written = content_tokens(source, tokens, media_wrap)
+    source = with_system_text(named_source(name, lead, tokenizer, tokens, media_wrap, options.answer_end), options.system)
+    written, in_contents = content_tokens(source, tokens, media_wrap), () if takes_parts(source) else media_wrap
     free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *STATE_TOKENS[state_tokens].values(), *thought_tags(source)}
     free = free - {*needs, *tokenizer.special_tokens_map.values()} | {*written.values()}
-    special = special_ids(tokenizer, free - template_tokens(tokens, written, media_wrap))
+    special = special_ids(tokenizer, free - template_tokens(tokens, written, in_contents))
     control = "|".join(map(re.escape, special)) or "(?!)"
     known = tokenizer.get_vocab()
     template = Template(
@@ -226,7 +226,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerFast, options: Templa
         media_wrap=tuple(media_wrap),
         lead=lead,
         ends=re.compile(re.escape(FORMATS[name].end) if name in FORMATS else control),
-        written=written_pattern([*special], wrapped_placeholder(written, media_wrap)),
+        written=written_pattern([*special], wrapped_placeholder(written, in_contents)),
         control_ids=frozenset(special.values()) - unknown_only_id(tokenizer),
         placeholder_ids={modality: known[token] for modality, token in sorted(tokens.items()) if token in known},
         tokens=written,
@@ -234,7 +234,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerFast, options: Templa
         state_tokens=state_tokens,
         unread=options.unread,
         system=options.system,
-        tags=tags_of(source, re.compile(f"{re.escape(written['image'])}|{control}" if media_wrap else control)),
+        tags=tags_of(source, re.compile(f"{re.escape(written['image'])}|{control}" if in_contents else control)),
         abilities=find_abilities(lambda messages: apply(tokenizer, source, messages)),
     )
     return _with_ends(template)

@@ -12,6 +12,10 @@ from functools import partial
 
 from model.card import ModelCard
 from model.errors import ConfigError
+from model.exports.hf_configs import hearing_config, intern_config, llava_config, next_config, onevision_config
+from model.exports.hf_gemma import PROJECTOR_NAMES as GEMMA_NAMES
+from model.exports.hf_gemma import TOWER_NAME as GEMMA_TOWER
+from model.exports.hf_gemma import gemma_config, gemma_problems
 from model.exports.hf_idefics import CONNECTOR_NAMES, DECODER_NAMES, TOWER_NAME, idefics_config, idefics_problems
 from model.exports.hf_native import FORMS, NativeForm, native_config, native_problems, native_text
 from model.exports.hf_pixtral import (
@@ -25,14 +29,13 @@ from model.exports.hf_pixtral import (
     pixtral_config,
     pixtral_problems,
 )
-from model.exports.hf_problems import INTERN_VIT, MLP, REGISTERS, SHUFFLE, hearing_problems, intern_problems, llava_problems
+from model.exports.hf_problems import MLP, SHUFFLE, causal_problems, hearing_problems, intern_problems, llava_problems
 from model.exports.hf_text import head_problems, sizes_of
 from model.exports.media_facts import MediaFacts
 from model.files.untrusted import Json
-from model.media_spec import ImageSpec, MediaMeta, image_spec, num_tokens, view_tokens
 from model.multimodal import MultimodalLM
 from model.vision.merger import MISTRAL_EPSILON
-from model.vision.projector import SHUFFLES
+from model.vision.projector import POOLS, SHUFFLES
 
 MLP_NAMES = (("0.", "multi_modal_projector.linear_1."), ("2.", "multi_modal_projector.linear_2."))
 NEWLINE_NAME = ("image_newline", "image_newline")
@@ -41,8 +44,6 @@ SHUFFLE_NAMES = (
     ("1.", "multi_modal_projector.linear_1."),
     ("3.", "multi_modal_projector.linear_2."),
 )
-BACKBONE = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
-"""Keys that name blocks of a backbone's feature pyramid: they may name blocks that are not built."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ class HfClass:
 def choose_class(card: ModelCard, facts: MediaFacts) -> HfClass:
     """Return the class that comes nearest to the run. Raises `ConfigError` with everything that it cannot express."""
     found = _nearest(card, facts)
-    if problems := [*found.problems(card, facts), *head_problems(card, _bare_heads(found))]:
+    if problems := [
+        *found.problems(card, facts),
+        *([] if found is GEMMA3 else causal_problems(card)),
+        *head_problems(card, _bare_heads(found)),
+    ]:
         raise ConfigError(f"cannot be written for {found.name}: " + "; ".join(problems))
     return found
 
@@ -82,6 +87,8 @@ def _nearest(card: ModelCard, facts: MediaFacts) -> HfClass:
         return LLAVA_PIXTRAL
     if kind == SHUFFLE:
         return INTERN_VL
+    if kind in POOLS:
+        return GEMMA3
     if kind in SHUFFLES:
         return SMOLVLM if card.hugging_face["vision"]["model_type"] == "smolvlm_vision" else IDEFICS3
     if facts.fit == "anyres":
@@ -104,72 +111,6 @@ def sees(card: ModelCard) -> bool:
     return card.model.vision is not None and card.model.vision_projector is not None
 
 
-def strategy(spec: ImageSpec) -> str:
-    """Return `vision_feature_select_strategy`. `default` always drops row 0, so a tower without CLS needs `full`."""
-    return "default" if spec.select == "patch" and spec.num_prefix else "full"
-
-
-def _tower_config(card: ModelCard) -> Json:
-    """Return config.json of the whole tower, in transformers' form, for the run's size of views."""
-    vision, side = dict(card.hugging_face["vision"]), image_spec(card.specs).size
-    vision["image_size"] = [side, side] if isinstance(vision["image_size"], list) else side
-    if vision["model_type"] == "siglip_vision_model":
-        vision["vision_use_head"] = False
-    if vision["model_type"] == INTERN_VIT:
-        vision |= {"use_mean_pooling": True, "use_mask_token": False}  # no norm behind the last block, and no row for training
-    if vision["model_type"] in ("dinov2", REGISTERS):
-        vision = {key: value for key, value in vision.items() if key not in BACKBONE}
-    if vision["model_type"] == "dinov2":
-        vision["use_mask_token"] = False
-    return vision
-
-
-def feature_layer(card: ModelCard) -> int:
-    """Return the place of the hidden state that is read, counted from the last."""
-    vision = card.model.vision
-    assert vision is not None
-    total: int = card.hugging_face["vision"]["num_hidden_layers"]
-    return vision.layer if vision.layer < 0 else vision.layer - total - 1
-
-
-def _seeing_config(card: ModelCard) -> Json:
-    return {
-        "vision_config": _tower_config(card),
-        "vision_feature_layer": feature_layer(card),
-        "vision_feature_select_strategy": strategy(image_spec(card.specs)),
-        "projector_hidden_act": "gelu",
-    }
-
-
-def _llava_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
-    own = {
-        "image_token_index": facts.ids["image"],
-        "image_seq_length": view_tokens(image_spec(card.specs)),
-        "multimodal_projector_bias": True,
-    }
-    return _seeing_config(card) | own
-
-
-def _next_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
-    return _llava_config(card, model, facts) | {"image_grid_pinpoints": facts.pinpoints(image_spec(card.specs).size)}
-
-
-def _onevision_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
-    found = _next_config(card, model, facts)
-    del found["image_seq_length"]
-    return found | {"vision_aspect_ratio": f"anyres_max_{facts.anyres_max}", "video_token_index": facts.ids["video"]}
-
-
-def _intern_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
-    tokens = num_tokens(image_spec(card.specs), MediaMeta())
-    own = {"image_token_id": facts.ids["image"], "image_seq_length": tokens, "downsample_ratio": 0.5}
-    return _seeing_config(card) | own
-
-
-def _hearing_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
-    return {"audio_config": dict(card.hugging_face["audio"]), "audio_token_index": facts.ids["audio"]}
-
-
 def class_config(target: HfClass, card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
     """Return the contents of config.json."""
     text, dtype, tied = sizes_of(card, model)
@@ -183,22 +124,22 @@ def class_config(target: HfClass, card: ModelCard, model: MultimodalLM, facts: M
     return {**whole, **parts, **own}
 
 
-LLAVA = HfClass("LlavaForConditionalGeneration", "llava", MLP_NAMES, llava_problems, _llava_config)
-NEXT = HfClass("LlavaNextForConditionalGeneration", "llava_next", (*MLP_NAMES, NEWLINE_NAME), llava_problems, _next_config)
+LLAVA = HfClass("LlavaForConditionalGeneration", "llava", MLP_NAMES, llava_problems, llava_config)
+NEXT = HfClass("LlavaNextForConditionalGeneration", "llava_next", (*MLP_NAMES, NEWLINE_NAME), llava_problems, next_config)
 ONEVISION = HfClass(
     "LlavaOnevisionForConditionalGeneration",
     "llava_onevision",
     (*MLP_NAMES, NEWLINE_NAME),
     llava_problems,
-    _onevision_config,
+    onevision_config,
 )
-INTERN_VL = HfClass("InternVLForConditionalGeneration", "internvl", SHUFFLE_NAMES, intern_problems, _intern_config)
+INTERN_VL = HfClass("InternVLForConditionalGeneration", "internvl", SHUFFLE_NAMES, intern_problems, intern_config)
 QWEN2_AUDIO = HfClass(
     "Qwen2AudioForConditionalGeneration",
     "qwen2_audio",
     (("0.", "multi_modal_projector.linear."),),
     hearing_problems,
-    _hearing_config,
+    hearing_config,
     auto="Qwen2AudioForConditionalGeneration",
     modality="audio",
 )
@@ -234,4 +175,5 @@ def _idefics(name: str, model_type: str) -> HfClass:
 
 IDEFICS3 = _idefics("Idefics3ForConditionalGeneration", "idefics3")
 SMOLVLM = _idefics("SmolVLMForConditionalGeneration", "smolvlm")
-CLASSES = (LLAVA, NEXT, ONEVISION, INTERN_VL, QWEN2_AUDIO, *NATIVE, LLAVA_PIXTRAL, MISTRAL3, IDEFICS3, SMOLVLM)
+GEMMA3 = HfClass("Gemma3ForConditionalGeneration", "gemma3", GEMMA_NAMES, gemma_problems, gemma_config, tower=GEMMA_TOWER)
+CLASSES = (LLAVA, NEXT, ONEVISION, INTERN_VL, QWEN2_AUDIO, *NATIVE, LLAVA_PIXTRAL, MISTRAL3, IDEFICS3, SMOLVLM, GEMMA3)

@@ -14,6 +14,7 @@ ONE_CLS = ("clip_vision_model", "siglip_vision_model", "dinov2", "internvl_visio
 INTERN_VIT = "internvl_vision"
 REGISTERS = "dinov2_with_registers"
 QWEN2_AUDIO_ENCODER = "qwen2_audio_encoder"
+TWO_WAY = "two_way"
 
 
 def _shared_vision_problems(card: ModelCard, kind: str, whose: str) -> Iterator[str]:
@@ -88,3 +89,9 @@ def hearing_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
         yield f"model.audio_projector.prompts = {projector.prompts}: it has no learned rows before a clip"
     if card.model.state_head is not None:
         yield "[model.state_head]: it has none; --for safetensors writes the part's file"
+
+
+def causal_problems(card: ModelCard) -> Iterator[str]:
+    """Yield the attention between tokens of a picture that no class but Gemma 3's has."""
+    if (way := card.model.llm.image_attention) == TWO_WAY:
+        yield f"model.llm.image_attention = {way!r}: only Gemma3ForConditionalGeneration lets tokens of a picture see each other so"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from model.exports.hf_classes import IDEFICS3, INTERN_VL, LLAVA, NATIVE, NEXT, ONEVISION, SMOLVLM, HfClass, strategy
+from model.exports.hf_classes import GEMMA3, IDEFICS3, INTERN_VL, LLAVA, NATIVE, NEXT, ONEVISION, SMOLVLM, HfClass
+from model.exports.hf_configs import strategy
+from model.exports.hf_gemma import gemma_reader, gemma_tokens
 from model.exports.hf_idefics import frame_reader, idefics_reader
 from model.exports.hf_native import native_clips, native_pixels
 from model.exports.hf_pixtral import PROCESSOR, pixtral_reader
@@ -42,6 +44,8 @@ def named_tokens(target: HfClass, facts: MediaFacts) -> dict[str, str]:
         return {"image_token": facts.tokens["image"], **video}
     if target in (IDEFICS3, SMOLVLM):
         return {"image_token": facts.tokens["image"]}
+    if target is GEMMA3:
+        return gemma_tokens(facts)
     if target.native:
         return {"image_token": facts.tokens["image"], "video_token": facts.tokens["video"]}
     before, after = facts.around
@@ -51,7 +55,7 @@ def named_tokens(target: HfClass, facts: MediaFacts) -> dict[str, str]:
 
 def wraps(target: HfClass) -> bool:
     """Tell whether the processor itself writes the texts around every medium, so that the chat template must not."""
-    return target is INTERN_VL
+    return target in (INTERN_VL, GEMMA3)
 
 
 def _normalising(spec: ImageSpec) -> Json:
@@ -154,6 +158,11 @@ def _idefics(spec: ImageSpec, facts: MediaFacts, kind: str) -> tuple[Json, Json]
     return own, {**image, **_normalising(spec)}
 
 
+def _gemma(spec: ImageSpec, facts: MediaFacts) -> tuple[Json, Json]:
+    own, image = gemma_reader(spec)
+    return own, {**image, **_normalising(spec)}
+
+
 def _frames(spec: ImageSpec, facts: MediaFacts, target: HfClass) -> Json:
     if isinstance(spec, NativeSpec) and target.native:
         return {**native_clips(spec, facts, target.native), **_normalising(spec)}
@@ -194,6 +203,7 @@ _READERS: dict[str, Callable[[ImageSpec, MediaFacts], tuple[Json, Json]]] = {
     INTERN_VL.name: _intern,
     **{target.name: _native for target in NATIVE},
     PROCESSOR: _pixtral,
+    GEMMA3.name: _gemma,
     IDEFICS3.name: partial(_idefics, kind="Idefics3ImageProcessor"),
     SMOLVLM.name: partial(_idefics, kind="SmolVLMImageProcessor"),
 }

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from model.card import ModelCard
 from model.errors import ConfigError
-from model.exports.hf_classes import INTERN_VL, feature_layer, sees
+from model.exports.hf_classes import INTERN_VL, sees
+from model.exports.hf_configs import feature_layer
 from model.exports.hf_text import head_problems, sizes_of
 from model.exports.hf_weights import stacked
 from model.exports.media_facts import MediaFacts

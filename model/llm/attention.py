@@ -6,8 +6,7 @@ Rows padded on the right need no mask: no real token sees what comes after it. I
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Set
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from model.batch import Batch, SharedPrompts
+from model.batch import SharedPrompts
 from model.config import OUR_ATTENTION
-from model.llm.interface import CausalLM
 from model.llm.packed_operator import SegmentOptions, attend
+from model.llm.picture_attention import PictureMasks, attend_in_rows, attend_in_segments
 from model.llm.scores import CappedScores, band, capped
 from model.llm.shared_prompts import AnswerScores, behind_prompts
 
@@ -57,16 +56,21 @@ def causal_attention(
     *,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    pictures: PictureMasks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute causal attention: query (B, H, T, D), key and value (B, Hkv, T, D) -> (B, T, H, D), None.
 
     A real token never sees padding on the right, so causality alone is enough without a mask. The exception is a sliding window
-    shorter than T: its band (T, T) is materialised. Capped scores (B, H, T, T) are materialised as well.
+    shorter than T: its band (T, T) is materialised. Capped scores (B, H, T, T) are materialised as well, and with `pictures`, whose
+    tokens see each other in both directions, a mask of each row.
     """
     length = query.shape[2]
     if attention_mask is not None or key.shape[2] != length:
         raise ValueError(f"{NAME} takes whole right-padded sequences: no mask, no cache")
+    if pictures is not None:
+        how = {**kwargs, "sliding_window": sliding_window, "softcap": softcap}
+        return attend_in_rows(module, (query, key, value), pictures, **how), None
     if softcap is not None:
         scores = CappedScores(softcap, kwargs.get("scaling"), kwargs.get("dropout", 0.0))
         return capped(query, key, value, band(query, sliding_window), scores), None
@@ -87,36 +91,71 @@ def packed_attention(
     segment_table: Tensor | None = None,
     longest_segment: int = 0,
     shared_prompts: SharedPrompts | None = None,
+    pictures: PictureMasks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute causal attention within each segment of a packed row: query (1, H, T, D), key and value (1, Hkv, T, D), T =
     sum(segment_lengths) -> (1, T, H, D), None.
 
     No token attends across a border between segments, in either direction, but to the prompt that `shared_prompts` lets its segment
-    see. One kernel computes all segments where the device has it
+    see, and none to a later one but within `pictures`. One kernel computes all segments where the device has it
     (`torch.nn.attention.varlen`), else one call per segment. Neither waits for the device. Raises `ValueError` if the lengths do
     not arrive or do not add up: a model that drops unknown arguments would otherwise attend across samples unnoticed.
     """
     if torch.compiler.is_compiling():  # a graph in which the lengths stood as numbers would be of one batch alone
-        if shared_prompts is not None:
-            raise ValueError(f"{PACKED}: segments that share a prompt are not compiled: parallel.compile = false")
+        if shared_prompts is not None or pictures is not None:
+            raise ValueError(
+                f"{PACKED}: segments with a shared prompt or two-way pictures are not compiled: parallel.compile = false"
+            )
         return _packed_in_graph(query, key, value, (segment_borders, segment_table, longest_segment), **kwargs), None
     length = query.shape[2]
     if segment_lengths is None or segment_borders is None or (1, sum(segment_lengths)) != (query.shape[0], length):
         raise ValueError(f"{PACKED}: segment lengths {segment_lengths} do not describe a query of shape {tuple(query.shape)}")
     if attention_mask is not None or key.shape[2] != length or kwargs.get("position_bias") is not None:
         raise ValueError(f"{PACKED} takes whole packed rows: no mask, no cache, no position bias")
-    if takes_varlen(query, value, **kwargs):
-        options = _varlen_options(**kwargs)
-        if shared_prompts is not None:
-            return varlen_behind_prompts((query, key, value), segment_borders, segment_lengths, shared_prompts, options), None
-        return varlen_segments(query, key, value, segment_borders, max(segment_lengths), options), None
-    if shared_prompts is not None:
-        alone = partial(causal_attention, module, attention_mask=None, **kwargs)
+    inputs = (query, key, value)
+    if pictures is not None and shared_prompts is None:
+        run = partial(_run_of_segments, module, inputs, segment_lengths, segment_borders, kwargs)
+        return attend_in_segments(module, inputs, pictures, run, **kwargs), None
+    if shared_prompts is not None and (pictures is not None or not takes_varlen(query, value, **kwargs)):
         how = AnswerScores(**{key: kwargs[key] for key in AnswerScores._fields if key in kwargs})
-        return behind_prompts(module, (query, key, value), segment_lengths, shared_prompts.prefixes, alone, how), None
-    parts = zip(*(tensor.split(segment_lengths, 2) for tensor in (query, key, value)))
-    return torch.cat([causal_attention(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], 1), None
+        alone = partial(_alone, module, pictures, kwargs)
+        return behind_prompts(module, inputs, segment_lengths, shared_prompts.prefixes, alone, how), None
+    if shared_prompts is not None:
+        return varlen_behind_prompts(inputs, segment_borders, segment_lengths, shared_prompts, _varlen_options(**kwargs)), None
+    return _segments(module, inputs, segment_lengths, segment_borders, kwargs), None
+
+
+def _segments(
+    module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], lengths: tuple[int, ...], borders: Tensor, how: dict[str, Any]
+) -> Tensor:
+    """Compute causal attention within segments of `lengths`: by one kernel where the device has it, else by one call for each."""
+    if takes_varlen(inputs[0], inputs[2], **how):
+        return varlen_segments(*inputs, borders, max(lengths), _varlen_options(**how))
+    parts = zip(*(tensor.split(lengths, 2) for tensor in inputs))
+    return torch.cat([causal_attention(module, q, k, v, None, **how)[0] for q, k, v in parts], 1)
+
+
+def _run_of_segments(
+    module: nn.Module,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    lengths: tuple[int, ...],
+    borders: Tensor,
+    how: dict[str, Any],
+    numbers: range,
+) -> Tensor:
+    """Compute the neighbouring segments `numbers` among all, as `_segments` does."""
+    start, mine = sum(lengths[: numbers.start]), lengths[numbers.start : numbers.stop]
+    query, key, value = (tensor[:, :, start : start + sum(mine)] for tensor in inputs)
+    return _segments(module, (query, key, value), mine, borders[numbers.start : numbers.stop + 1] - start, how)
+
+
+def _alone(
+    module: nn.Module, pictures: PictureMasks | None, how: dict[str, Any], number: int, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Compute segment `number`, which sees itself alone."""
+    mine = None if pictures is None else pictures.alone(number)
+    return causal_attention(module, query, key, value, None, pictures=mine, **how)[0]
 
 
 def _packed_in_graph(query: Tensor, key: Tensor, value: Tensor, segments: Any, **kwargs: Any) -> Tensor:
@@ -202,41 +241,3 @@ def implementation(setting: str) -> str:
     its two functions batch by batch.
     """
     return NAME if setting in OUR_ATTENTION else setting
-
-
-def decoder_options(llm: CausalLM, batch: Batch) -> dict[str, object]:
-    """Return the decoder arguments for `batch` that restrict every token to its own sample.
-
-    Sets which of our functions the model calls, until the next batch: recomputation in backward must find the same one. Raises
-    `ValueError` for a packed batch under another attention, which would attend across the borders.
-    """
-    config = llm.config
-    is_ours = config._attn_implementation in (NAME, PACKED)
-    if batch.segment_lengths is None:
-        if is_ours:
-            config._attn_implementation = NAME
-        return {"attention_mask": None if is_ours else batch.attention_mask}
-    if not is_ours:
-        raise ValueError(f"a packed batch under attention {config._attn_implementation!r} would attend across its samples")
-    config._attn_implementation = PACKED
-    return {
-        "attention_mask": None,
-        "segment_lengths": batch.segment_lengths,
-        "segment_borders": batch.segment_borders,
-        "segment_table": torch.tensor(batch.segment_lengths),  # compiled blocks read these two in place of the tuple
-        "longest_segment": max(batch.segment_lengths, default=0),
-        **({} if batch.shared is None else {"shared_prompts": batch.shared}),
-    }
-
-
-@contextmanager
-def masked_attention(llm: CausalLM) -> Iterator[None]:
-    """Use, inside the context, an attention that applies masks and a cache, as left-padded generation needs."""
-    config = llm.config
-    before = config._attn_implementation
-    masked = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # transformers' sdpa drops a soft cap
-    config._attn_implementation = masked if before in (NAME, PACKED) else before
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

@@ -54,6 +54,8 @@ class CausalLM(nn.Module):
     """Attribute that holds the decoder, which stands before the names of its tensors."""
     logit_change: LogitChange
     """What the model does with its head's products; set by `build_llm`."""
+    image_attention: str
+    """'two_way' where tokens of one picture see each other in both directions; set by `allow_two_way`."""
 
     def get_decoder(self) -> nn.Module:
         """Return the decoder: embeddings (B, T, D) to hidden states, without the head."""

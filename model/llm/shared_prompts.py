@@ -11,8 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from model.llm.scores import CappedScores, capped, seen_behind
 
-Alone = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, None]]
-"""Attention of a segment that sees itself alone."""
+Alone = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Attention of a segment that sees itself alone, by its number."""
 
 
 class AnswerScores(NamedTuple):
@@ -37,13 +37,13 @@ def behind_prompts(
     inputs: query (1, H, T, D), key and value (1, Hkv, T, D) -> (1, T, H, D). One call per segment.
     """
     found, start = [], 0
-    for length, (first, seen) in zip(lengths, prefixes, strict=True):
+    for number, (length, (first, seen)) in enumerate(zip(lengths, prefixes, strict=True)):
         query, key, value = (tensor[:, :, start : start + length] for tensor in inputs)
         if seen:
             key, value = (torch.cat([t[:, :, first : first + seen], own], 2) for t, own in zip(inputs[1:], (key, value)))
             found.append(_with_mask(module, (query, key, value), seen, how))
         else:
-            found.append(alone(query, key, value)[0])
+            found.append(alone(number, query, key, value))
         start += length
     return torch.cat(found, 1)
 

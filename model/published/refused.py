@@ -15,8 +15,6 @@ REFUSED = {
     "kimi_vl": "its tower takes pictures at their native resolution",
     "idefics2": CONNECTOR + " (a perceiver) and its tower takes pictures of any shape",
     "paligemma": PREFIX,
-    "gemma3": "tokens of a picture attend to each other in both directions, in full and in sliding layers, for which the kernels "
-    "of packed rows here have no mask, and its projector pools 4 x 4 patches behind a norm",
     "gemma3n": CONNECTOR + ", and its towers are of other kinds",
     "gemma4": "its tower takes pictures at their native resolution, and tokens of a picture attend in both directions",
     "vipllava": "its projector reads five layers of the tower at once, behind a norm",

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.projector import set_spread
 
 SHRINK = 2
 """Usual side, in patches, of the square that becomes one token."""
 VITA_SCALE = 0.5
+GEMMA_EPSILON = 1e-6
+"""Of the norm of Gemma 3's projector, which is that of its tower."""
 
 
 def squares(features: Tensor, side: int = SHRINK) -> Tensor:
@@ -51,6 +57,39 @@ class ShuffledLinear(nn.Module):
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         found: Tensor = self.proj(squares(features, self.side).flatten(3).flatten(1, 2))
         return found
+
+
+class CentredNorm(nn.Module):
+    """Gemma's RMS norm (..., C) -> (..., C), which multiplies by 1 + weight, in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        set_spread(self, "weight", 0.0)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        wide = rows.float()
+        found = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + GEMMA_EPSILON)
+        return (found * (1.0 + self.weight.float())).type_as(rows)
+
+
+class PooledNormLinear(nn.Module):
+    """Gemma 3's projector: features (N, g * g, C) -> (N, g * g / side ** 2, out): a square's mean, a norm, a matrix without bias.
+
+    The state keys are its own; the matrix lies on its side, (C, out).
+    """
+
+    def __init__(self, in_features: int, out_features: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.mm_soft_emb_norm = CentredNorm(in_features)
+        self.mm_input_projection_weight = nn.Parameter(torch.empty(in_features, out_features))
+        set_spread(self, "mm_input_projection_weight", in_features**-0.5)
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        grid = math.isqrt(features.shape[1])
+        means = F.avg_pool2d(features.transpose(1, 2).unflatten(2, (grid, grid)).contiguous(), self.side)
+        return self.mm_soft_emb_norm(means.flatten(2).transpose(1, 2)) @ self.mm_input_projection_weight
 
 
 class ShuffledMlp(nn.Sequential):

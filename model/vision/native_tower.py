@@ -69,6 +69,7 @@ def check_native_options(config: VisionConfig, kind: str) -> None:
     for key, value, default in (
         ("image_size", config.image_size, 0),
         ("scales", config.scales, ()),
+        ("final_norm", config.final_norm, False),
         ("select", config.select, "patch"),
     ):
         if value != default:

@@ -19,6 +19,7 @@ from model.vision.grid_projector import (
     ConvMlp,
     PixelShuffleMlp,
     PixelShuffleV1Mlp,
+    PooledNormLinear,
     PoolMlp,
     ShuffledLinear,
     ShuffledMlp,
@@ -31,6 +32,8 @@ SETTING = "model.vision_projector"
 
 SHUFFLES = {f"pixel_shuffle{side}_linear": side for side in (2, 3, 4)}
 """Kinds that join squares of this side, in patches, by one matrix."""
+POOLS = {f"pool{side}_norm_linear": side for side in (2, 3, 4)}
+"""Kinds that take the mean of squares of this side, in patches."""
 GRID_KINDS: dict[str, Callable[[int, int], nn.Module]] = {
     "pixel_shuffle_mlp": PixelShuffleMlp,
     "pixel_shuffle_v1_mlp": PixelShuffleV1Mlp,
@@ -38,6 +41,7 @@ GRID_KINDS: dict[str, Callable[[int, int], nn.Module]] = {
     "conv_mlp": ConvMlp,
     "vita_mlp": ShuffledMlp,
     **{kind: partial(ShuffledLinear, side=side) for kind, side in SHUFFLES.items()},
+    **{kind: partial(PooledNormLinear, side=side) for kind, side in POOLS.items()},
 }
 """Kinds that make one token of a square of patches."""
 
@@ -103,7 +107,7 @@ def projected_spec(spec: ImageSpec, projector: VisionProjectorConfig) -> ImageSp
         return dataclasses.replace(spec, queries=projector.queries or QUERIES)
     if projector.kind not in GRID_KINDS:
         return spec
-    grid, side = spec.size // spec.patch, SHUFFLES.get(projector.kind, SHRINK)
+    grid, side = spec.size // spec.patch, {**SHUFFLES, **POOLS}.get(projector.kind, SHRINK)
     if spec.select != "patch":
         raise ConfigError(f"{SETTING}.kind = {projector.kind!r} takes patches alone: set model.vision.select = 'patch'")
     if grid % side:

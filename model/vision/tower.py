@@ -18,7 +18,15 @@ from model.published.table import part_config, part_processor
 from model.vision.multi_scale import merge_scales, scale_tiles
 from model.vision.native_kinds import NATIVE_TOWERS
 from model.vision.native_tower import native_spec
-from model.vision.tower_kinds import TOWERS, num_blocks, num_prefix, remove_unused_layers, square_side, transformers_config
+from model.vision.tower_kinds import (
+    TOWERS,
+    behind_norm,
+    num_blocks,
+    num_prefix,
+    remove_unused_layers,
+    square_side,
+    transformers_config,
+)
 
 SETTING = "model.vision.path"
 RESIZE = {
@@ -31,6 +39,7 @@ RESIZE = {
     "LlavaImageProcessor": "shortest_edge",
     "LlavaNextImageProcessor": "shortest_edge",
     "LlavaOnevisionImageProcessor": "exact",
+    "Gemma3ImageProcessor": "exact",
     "Idefics3ImageProcessor": "exact",
     "SmolVLMImageProcessor": "exact",
 }
@@ -145,6 +154,8 @@ class VisionTower(Encoder):
         self.num_blocks = num_blocks(config.layer, found.num_hidden_layers), found.num_hidden_layers  # built, all
         found.num_hidden_layers = self.num_blocks[0]
         self.kind = TOWERS[found.model_type]
+        if config.final_norm:
+            self.kind = behind_norm(self.kind, found.model_type)
         if self.kind.final_norm and self.num_blocks[0] != self.num_blocks[1]:
             raise ConfigError(
                 f"model.vision.layer = {config.layer}: {found.model_type} is read behind the norm of its last block: set it to -1"

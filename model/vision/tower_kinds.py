@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -36,6 +36,15 @@ class TowerFamily:
         None  # config.json of the tower that it is but for its name and final_norm
     )
     final_norm: bool = False  # what is read are the last block's rows behind the norm that follows it
+    norm: str = ""  # path of that norm, where a run may choose to read the rows behind it; "" = it may not
+
+
+def behind_norm(kind: TowerFamily, model_type: str) -> TowerFamily:
+    """Return the family whose rows are read behind the norm of its last block. Raises `ConfigError` where none is to be read so."""
+    if not kind.norm:
+        allowed = ", ".join(name for name, family in TOWERS.items() if family.norm)
+        raise ConfigError(f"model.vision.final_norm = true: {model_type!r} is not {allowed}; remove the line")
+    return replace(kind, final_norm=True, unused={path: new for path, new in kind.unused.items() if path != kind.norm})
 
 
 def remove_unused_layers(tower: PreTrainedModel, kind: TowerFamily) -> nn.Module:
@@ -218,7 +227,7 @@ _DINO: dict[str, Callable[[], nn.Module | None]] = {"layernorm": nn.Identity, "e
 TOWERS = {
     "clip_vision_model": TowerFamily("embeddings.position_embedding.weight", 1, {"post_layernorm": nn.Identity}),
     "siglip_vision_model": TowerFamily(
-        "embeddings.position_embedding.weight", 0, {"post_layernorm": nn.Identity, "head": _nothing}
+        "embeddings.position_embedding.weight", 0, {"post_layernorm": nn.Identity, "head": _nothing}, norm="post_layernorm"
     ),
     "dinov2": TowerFamily("embeddings.position_embeddings", 1, _DINO, renamed=dino),
     "dinov2_with_registers": TowerFamily("embeddings.position_embeddings", 1, _DINO, antialias=True, renamed=dino),

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Idefics3Config, InternVLConfig, InternVLForConditionalGeneration
+from transformers import Gemma3Config, Idefics3Config, InternVLConfig, InternVLForConditionalGeneration
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
@@ -26,7 +27,7 @@ from model.errors import ConfigError
 from model.load import load_model
 from model.media_spec import ImageSpec, MediaMeta, num_tokens
 from model.multimodal import MultimodalLM
-from model.vision.projector import GRID_KINDS, SHUFFLES, build_vision_projector, projected_spec
+from model.vision.projector import GRID_KINDS, POOLS, SHUFFLES, build_vision_projector, projected_spec
 from model.weights.initial_values import initial_tensors
 from tests.support.equivalence import step_batches
 from tests.support.finals import build, config_of, same, save_checkpoint, save_final, save_parts, trained, values
@@ -40,8 +41,8 @@ from trainer.runfile.part_checks import vision_problems
 from trainer.step import StepOptions, train_step
 
 KINDS = {"linear": 16, "mlp3x_gelu": 16, **dict.fromkeys(GRID_KINDS, 4), "resampler": 64}
-KINDS |= {kind: 16 // side**2 for kind, side in SHUFFLES.items()}
-del KINDS["pixel_shuffle3_linear"]  # for views of 3 x 3 patches and more
+KINDS |= {kind: 16 // side**2 for kind, side in {**SHUFFLES, **POOLS}.items()}
+del KINDS["pixel_shuffle3_linear"], KINDS["pool3_norm_linear"]  # for views of 3 x 3 patches and more
 """Tokens of a view of 4 x 4 patches."""
 SPEC = ImageSpec(32, 8, 1, "patch", "exact", (0.0,) * 3, (1.0,) * 3)
 
@@ -55,6 +56,23 @@ def projector(kind: str, **settings: Any) -> nn.Module:
         for name, parameter in built.named_parameters():
             parameter.copy_(drawn[f"p.{name}"].all() + torch.randn(parameter.shape, generator=generator) * 0.1)
     return built
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", POOLS)
+def test_pooled_squares_are_those_of_gemma(kind: str, dtype: torch.dtype) -> None:
+    """To the bit, in both types."""
+    side = POOLS[kind]
+    vision = {"hidden_size": 24, "image_size": 12, "patch_size": 1, "num_attention_heads": 4, "intermediate_size": 8}
+    config = Gemma3Config(
+        vision_config={**vision, "model_type": "siglip_vision_model"},
+        text_config={"hidden_size": 40},
+        mm_tokens_per_image=(12 // side) ** 2,
+    )
+    theirs, ours = Gemma3MultiModalProjector(config).to(dtype), projector(kind).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    features = torch.randn(2, 144, 24, dtype=dtype)
+    assert torch.equal(ours(features), theirs(features))
 
 
 @pytest.mark.parametrize("kind", SHUFFLES)

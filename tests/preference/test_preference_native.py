@@ -11,17 +11,17 @@ import torch
 from data.preference.collate import collate_answers, collate_answers_packed
 from data.preference.sample import PreferenceSample
 from tests.support.published.asking import run_from
+from tests.support.published.families import FAMILIES
 from tests.support.published.native import NATIVE_MAKERS
 from tests.support.published.native_runs import TUNED, built, picture, talk
 
-NAMES = [name for name in NATIVE_MAKERS if name.startswith("qwen")]
+NAMES = [*(pytest.param(name, marks=pytest.mark.long) for name in NATIVE_MAKERS if name.startswith("qwen")), "gemma3"]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rejected_answer_goes_on_where_the_prompt_ends(tmp_path: Path, name: str) -> None:
     """Padded and packed answers of the same model are the same, and so is the conversation of the rejected answer by itself."""
-    NATIVE_MAKERS[name].write(tmp_path / "model", False)
+    FAMILIES[name].write(tmp_path / "model", False)
     asked = [talk(picture(tmp_path, 54, 81)), talk(picture(tmp_path, 97, 61), picture(tmp_path, 30, 200))]
     pairs = [{"messages": talked["messages"][:-1], "chosen": "A cat.", "rejected": "No dog is here."} for talked in asked]
     swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]

@@ -16,6 +16,7 @@ from model.llm.quantized_linear import Quantised
 from model.lora import LoraLinear
 from model.media_spec import image_spec
 from model.multimodal import MultimodalLM
+from model.vision.grid_projector import PooledNormLinear
 from model.vision.native_tower import NativeTower
 from model.vision.patch_tower import PatchLinear
 from model.vision.tower import VisionTower
@@ -68,6 +69,9 @@ def media_flops(model: MultimodalLM, batch: Batch) -> tuple[float, float]:
         assert isinstance(encoder, VisionTower)
         patches, forward = len(media.values) * encoder.blank_length, len(media.values) * view_forward(encoder)
     learns = "vision" in model.trainable_parts
+    if isinstance(projector, PooledNormLinear):  # its matrix is no layer, and a norm that learns stands before it
+        size = projector.mm_input_projection_weight.numel()
+        return forward * (3 if learns else 1), float(patches // projector.side**2 * (FORWARD + INPUT + WEIGHT) * size)
     layers = products(projector)
     each = [matrix_flops(layer) for layer in layers]
     if not learns and next(projector.parameters()) is layers[0].weight:  # nothing below this product learns

@@ -19,10 +19,10 @@ from data.media.pixel_budget import clip_budget, rule_of
 from data.media.tiling import grids
 from data.processor import Processor, load_processor
 from data.text.chat_formats import jinja_file
-from data.text.parts_template import takes_parts
+from data.text.parts_template import takes_parts, with_signs_alone
 from data.text.tokenizer import pad_id, save_tokenizer
 from model.card import ModelCard
-from model.exports.hf_classes import INTERN_VL, NEXT, QWEN2_AUDIO, SMOLVLM, HfClass, choose_class, class_config
+from model.exports.hf_classes import GEMMA3, INTERN_VL, NEXT, QWEN2_AUDIO, SMOLVLM, HfClass, choose_class, class_config
 from model.exports.hf_pixtral import PROCESSOR
 from model.exports.hf_processors import SEES_VIDEOS, named_tokens, processor_files, wraps
 from model.exports.hf_weights import weights, write_weights
@@ -136,6 +136,7 @@ def _placeholders(processor: Processor) -> dict[str, Any]:
         video = named["video"]
     tokens = {kind: str(processor.tokenizer.convert_ids_to_tokens(id_)) for kind, id_ in ids.items()}
     others = {kind: known.get(text, len(processor.tokenizer)) for kind, text in named.items()}
+    others |= {sign: known[sign] for text in processor.template.media_wrap if (sign := text.strip()) in known}
     return {"tokens": {**tokens, "video": video}, "ids": {**ids, **others}}
 
 
@@ -175,11 +176,13 @@ def for_parts(processor: Processor, target: HfClass) -> str:
     Both become the string that training rendered: parts on lines of their own, media first or as written, wrapped.
     """
     template = processor.template
+    token = facts_of(processor).tokens[target.modality]
+    if target is GEMMA3:
+        return with_signs_alone(template.source, token, template.media_wrap)
     if takes_parts(template.source):
         return template.source
     before, after = template.media_wrap if template.media_wrap and not wraps(target) and target.modality == "image" else ("", "")
     placeholder = PLACEHOLDERS[target.modality]
-    token = facts_of(processor).tokens[target.modality]
     medium, wrapped = json.dumps(placeholder), json.dumps(before + token + after)
     first = f"(({medium} + '\\n') * (text.split({medium}) | length - 1) + text.replace({medium}, '') | trim) | trim"
     arranged = first if template.placeholders == "first" else "text"

@@ -18,6 +18,7 @@ from torch import Tensor
 from data.processor import Processor
 from model.batch import Batch
 from model.files.untrusted import Json
+from model.llm.decoder_options import decoder_options
 from model.multimodal import MultimodalLM
 from trainer.errors import ProofError
 
@@ -83,7 +84,9 @@ def logits(model: MultimodalLM, batch: Batch) -> Tensor:
     """Compute the logits (T, V) float32 of the one row of `batch`."""
     llm: Any = model.llm
     with torch.no_grad():
-        return llm(inputs_embeds=model.embed(batch), position_ids=batch.position_ids, use_cache=False).logits[0].float()
+        embeds = model.embed(batch)
+        options = decoder_options(model.llm, batch, embeds)
+        return llm(inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **options).logits[0].float()
 
 
 def in_float32(model: MultimodalLM) -> MultimodalLM:

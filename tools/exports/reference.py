@@ -15,6 +15,7 @@ from tools.exports.proofs import check_close, sample_picture
 from trainer.errors import ProofError
 
 TILED = ("LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration")
+GEMMA = "Gemma3ForConditionalGeneration"
 CUT = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
 """Classes that take the views of all pictures of a row together, (1, N, 3, S, S)."""
 
@@ -45,6 +46,9 @@ def reference_inputs(name: str, batch: Batch, specs: dict[str, MediaSpec]) -> di
         values = seen_pixels(seen, spec)
         tiled = name in TILED
         found["pixel_values"] = values[None] if tiled or name in CUT else values
+        if name == GEMMA:
+            found["token_type_ids"] = torch.zeros_like(batch.input_ids)
+            found["token_type_ids"].view(-1)[seen.slots] = 1
         if tiled:
             found["image_sizes"] = torch.tensor([sample_picture().size[::-1]])
         if name == TILED[1]:

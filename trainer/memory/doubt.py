@@ -71,6 +71,7 @@ def can_be_counted(prepared: PreparedRun) -> bool:
         and config.quantize.bits == 16
         and not is_sharded(config.parallel, prepared.world)
         and not fused_parameters(prepared.model.llm)
+        and config.model.llm.image_attention == "causal"
         and not any(getattr(prepared.model.llm.config, key, None) for key in KEEP_SCORES)
     )
 

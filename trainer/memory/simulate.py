@@ -99,8 +99,9 @@ def _key(tensor: Tensor) -> int:
 def shape_stand_ins() -> Iterator[None]:
     """Replace operations that do not run on meta, or wastefully, by stand-ins that save what their kernels save."""
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Any:
-        return _Attention.apply(query, key, value)
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: object, **__: object) -> Any:
+        added = attn_mask if attn_mask is not None and attn_mask.is_floating_point() else None  # made once for several layers
+        return _Attention.apply(query, key, value, added)
 
     def grouped(rows: Tensor, weights: Tensor, *_: object, **__: object) -> Any:
         return _Grouped.apply(rows, weights)
@@ -171,13 +172,13 @@ class _Attention(torch.autograd.Function):
     """Attention: query (..., H, T, D), key and value (..., Hkv, S, D) -> (..., H, T, Dv). Shapes only."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, added: Tensor | None) -> Tensor:
         found: Tensor
         found, sums = torch.ops.simulated._scaled_dot_product_flash_attention(query, key, value)
-        ctx.save_for_backward(query, key, value, found, sums)
+        ctx.save_for_backward(query, key, value, found, sums, added)
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        query, key, value, found, sums = ctx.saved_tensors
-        return torch.ops.simulated.attention_backward(grads[0], [query, key, value], found, sums)
+        query, key, value, found, sums, _ = ctx.saved_tensors
+        return (*torch.ops.simulated.attention_backward(grads[0], [query, key, value], found, sums), None)

@@ -10,7 +10,13 @@ from model.preference.config import PAIRED, PreferenceConfig
 from trainer.config import LossScaleConfig, RunConfig, ValidationConfig
 from trainer.runfile.limits import is_set, range_problems, unread_settings
 from trainer.runfile.optim_checks import optim_problems
-from trainer.runfile.part_checks import anyres_problems, quantize_problems, term_problems, vision_problems
+from trainer.runfile.part_checks import (
+    anyres_problems,
+    picture_problems,
+    quantize_problems,
+    term_problems,
+    vision_problems,
+)
 
 
 def problems_of(config: RunConfig) -> list[str]:
@@ -22,6 +28,7 @@ def problems_of(config: RunConfig) -> list[str]:
         *_packing(config),
         *_parts(config),
         *vision_problems(config.model),
+        *picture_problems(config),
         *anyres_problems(config.data, config.model),
         *term_problems(config.model),
         *choosing_problems(config),

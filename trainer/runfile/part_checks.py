@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
 from data.config import DataConfig
-from model.config import ModelConfig, QuantizeConfig, StateHeadConfig
+from model.config import OUR_ATTENTION, ModelConfig, QuantizeConfig, StateHeadConfig
 from model.errors import ConfigError
 from model.media_spec import ImageSpec, MediaSpec, NativeSpec
 from model.projector import is_pointwise
 from model.vision.projector import GRID_KINDS, NATIVE_KINDS, RESAMPLER, VISION_KINDS
+from trainer.config import RunConfig
 
 LEARNS_BESIDE = ("frozen", "lora", "new_tokens")
 """Values of model.llm.tune under which no quantised matrix learns."""
@@ -27,6 +28,11 @@ def vision_problems(model: ModelConfig) -> Iterator[str]:
             yield f"model.vision.scales = {list(vision.scales)} are not all positive"
         if vision.scales and vision.select != "patch":
             yield "model.vision.scales with model.vision.select = 'cls_patch': several views have several CLS rows; use 'patch'"
+        if vision.final_norm and vision.layer != -1:
+            yield (
+                f"model.vision.final_norm = true with model.vision.layer = {vision.layer}: the norm follows the last block; set "
+                "model.vision.layer = -1"
+            )
     if projector is None:
         return
     if not is_pointwise(projector.kind) and projector.kind not in (*GRID_KINDS, *NATIVE_KINDS, RESAMPLER):
@@ -37,6 +43,23 @@ def vision_problems(model: ModelConfig) -> Iterator[str]:
         yield f"model.vision_projector.queries = {projector.queries} has no effect with kind = {projector.kind!r}"
     if vision is not None and vision.select != "patch" and projector.kind in GRID_KINDS:
         yield f"model.vision_projector.kind = {projector.kind!r} takes patches alone: set model.vision.select = 'patch'"
+
+
+def picture_problems(config: RunConfig) -> Iterator[str]:
+    """Yield the settings beside which tokens of a picture cannot attend to each other in both directions, one line each."""
+    model = config.model
+    if model.llm.image_attention == "causal":
+        return
+    why = f"model.llm.image_attention = {model.llm.image_attention!r}"
+    if model.vision is None:
+        yield f"{why} has no effect without [model.vision]: remove it"
+    if model.attention not in OUR_ATTENTION:
+        yield f"model.attention = {model.attention!r} with {why}: use {' or '.join(map(repr, OUR_ATTENTION))}"
+    if config.parallel.compile:
+        yield (
+            f"parallel.compile = {config.parallel.compile!r} with {why}: blocks are not compiled for documents that have masks of "
+            "their own; set parallel.compile = false"
+        )
 
 
 def anyres_problems(data: DataConfig, model: ModelConfig) -> Iterator[str]:

@@ -30,7 +30,7 @@ from tools.import_model import main as import_model
 from trainer.errors import ProofError
 
 ALL = pytest.mark.parametrize(
-    "name", families(("qwen2_5_vl", "pixtral", "mistral3", "smolvlm"), lambda maker: not maker.not_exported)
+    "name", families(("qwen2_5_vl", "pixtral", "mistral3", "smolvlm", "gemma3"), lambda maker: not maker.not_exported)
 )
 ASIDE = (
     *("transformers_version", "_name_or_path", "dtype", "architectures", "image_seq_length"),

@@ -178,7 +178,7 @@ def test_recomputed_blocks_learn_the_same(models: BothModels, tmp_path: Path, ki
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", families(()))
+@pytest.mark.parametrize("name", families((), lambda maker: maker.compiles))
 def test_compiled_blocks_learn_the_same_by_few_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Graphs of the second pass over batches of any number of pictures, of any size, are those of the first."""
     monkeypatch.setattr(compiled_blocks, "compile_graph", compiled_blocks.partition_graph)

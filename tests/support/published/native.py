@@ -67,6 +67,7 @@ class NativeMaker:
     sections: Callable[[Path], dict[str, Any]] = lambda folder: {"model": {"init_from": str(folder)}}  # run.toml that starts there
     joined_along: int = 0  # dimension of inputs that pictures of several records are joined along
     has_videos: bool = False
+    compiles: bool = True  # whether its blocks can be compiled
     not_exported: str = ""  # why `--for hf` writes no class of transformers, as it says
 
 

@@ -93,7 +93,8 @@ class Theirs:
         shown = [self.inputs(record) for record in records]
         held = {key: [inputs[key] for inputs in shown if key in inputs] for key in PIXELS}
         pixels = {key: joined(values, self.maker.joined_along) for key, values in held.items() if values}
-        kinds = {"mm_token_type_ids": (ids == self.theirs.config.image_token_id).int()} if "mm_token_type_ids" in shown[0] else {}
+        names = [name for name in ("mm_token_type_ids", "token_type_ids") if name in shown[0]]
+        kinds = {name: (ids == self.theirs.config.image_token_id).int() for name in names}
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask, **kinds, **pixels}
 
     def their_answers(self, records: list[dict[str, Any]], batch: Batch, length: int) -> list[list[int]]:
