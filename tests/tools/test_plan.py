@@ -29,6 +29,7 @@ from tests.support.runs import start, tables
 from tests.support.tiny import save_llm, save_tower
 from tools import plan
 from trainer.config import BatchConfig, OptimConfig, ParallelConfig
+from trainer.distributed import shards
 from trainer.distributed.blocks import prepare_blocks
 from trainer.distributed.compile_environment import prepare_compiling
 from trainer.distributed.parallelize import is_sharded, replicate
@@ -221,6 +222,8 @@ def test_compiled_activations_are_within_an_eighth_of_what_is_measured(folder: P
 
 
 def sharded_peak(world: World, folder: Path, config: ParallelConfig, tunes: Tunes, dtype: Any, trace: str) -> int:
+    """With the collectives of torch, as on a GPU: between CPU ranks ours need less memory than is planned."""
+    shards.use_host_collectives = lambda module: None
     _, wrapped = built(card_of(folder, tunes, dtype), config, world)
     return measured_peak(wrapped, heavy_batch(), Path(f"{trace}-{world.rank}.json"))
 
