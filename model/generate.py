@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +92,7 @@ def two_way(llm: CausalLM, prompts: Prompts) -> Iterator[None]:
         return
     masks = prompt_masks(prompts.pictures, prompts.mask, llm.config, prompts.embeds)
 
-    def with_masks(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_masks(_: nn.Module, args: object, options: dict[str, object]) -> tuple[object, dict[str, object]]:
         reads_prompts = options.get("inputs_embeds") is not None
         return args, {**options, "attention_mask": masks} if reads_prompts else options
 

@@ -86,6 +86,12 @@ def test_each_problem_is_named(changes: dict[str, Any], expected: str) -> None:
     ("override", "expected"),
     [
         ("train.max_step=3", "train.max_step is not a setting; did you mean 'train.max_steps'?"),
+        ("train.global_batch_size=8", "train.global_batch_size is not a setting; did you mean 'batch.global_batch_size'?"),
+        (
+            "data.media_root='a'",
+            "data.media_root is not a setting; did you mean 'data.sources.N.media_root' or 'data.validation.N.media_root'?",
+        ),
+        ("train.every=3", "train.every is not a setting; did you mean 'checkpoint.every' or 'validation.every' or 'log.every'?"),
         ("train={epoch=1.0}", "train.epoch is not a setting; did you mean 'train.epochs'?"),
         ("optim.lr = true", "optim.lr = True is not a number"),
     ],

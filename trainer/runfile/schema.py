@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
+from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from model.files.untrusted import SHOWN, Json, shown
 from trainer.runfile.other_names import own_name
 from trainer.runfile.toml_files import TOML_INTEGERS
+
+SHOWN_PLACES = 3
+"""Most tables that are named to have a setting which was written into another one."""
 
 
 class SchemaReader:
@@ -17,9 +21,11 @@ class SchemaReader:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
+        self.root: object = None  # the class of the whole file
 
     def table(self, cls: Any, value: object, path: str) -> Any:
         """Return an instance of dataclass `cls`; None, and the problems added to `problems`, when something in it is wrong."""
+        self.root = self.root or cls
         if not isinstance(value, dict):
             self.problems.append(f"{path or 'the file'} = {shown(value)} is not a table")
             return None
@@ -90,8 +96,21 @@ class SchemaReader:
         name = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
         if here := own_name(key):
             return f"{name} is not a setting; here it is {here}"
+        if 0 < len(places := [*_places(self.root, key)]) <= SHOWN_PLACES:
+            return f"{name} is not a setting; did you mean {' or '.join(map(repr, places))}?"
         hint = f"did you mean {table + near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{name} is not a setting; {hint}"
+
+
+def _places(cls: object, key: str, path: str = "") -> Iterator[str]:
+    """Yield every setting called `key` in the tables of dataclass `cls`, as a command line names it."""
+    for field, hint in get_type_hints(cls).items():
+        name = f"{path}{field}"
+        tables = [inner for inner in (hint, *get_args(hint)) if dataclasses.is_dataclass(inner)]
+        if field == key and not tables:
+            yield name
+        for table in tables:
+            yield from _places(table, key, f"{name}.{'N.' if get_origin(hint) is tuple else ''}")
 
 
 def _words(hint: object) -> str:
