@@ -101,6 +101,7 @@ def build_llm(value: Json, attention_name: str, vocabulary: VocabularyLayout) ->
     head_weight(llm)
     add_axes(llm)
     llm.logit_change = logit_change(llm)
+    llm.image_attention = "causal"
     return llm
 
 

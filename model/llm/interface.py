@@ -55,7 +55,7 @@ class CausalLM(nn.Module):
     logit_change: LogitChange
     """What the model does with its head's products; set by `build_llm`."""
     image_attention: str
-    """'two_way' where tokens of one picture see each other in both directions; set by `allow_two_way`."""
+    """'causal', set by `build_llm`, or 'two_way', by `allow_two_way`: tokens of one picture see each other in both directions."""
 
     def get_decoder(self) -> nn.Module:
         """Return the decoder: embeddings (B, T, D) to hidden states, without the head."""

@@ -83,7 +83,7 @@ class PictureMasks:
 
 def pictures_of(llm: CausalLM, batch: Batch) -> PictureMasks | None:
     """Return the pictures of a batch whose tokens see each other in both directions; None where all is causal."""
-    if getattr(llm, "image_attention", "") != TWO_WAY or not batch.pictures:
+    if llm.image_attention != TWO_WAY or not batch.pictures:
         return None
     rows, length = batch.input_ids.shape
     return PictureMasks(batch.pictures, batch.segment_lengths or (length,) * rows)

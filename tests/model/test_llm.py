@@ -107,7 +107,7 @@ def test_models_are_what_their_type_says(kind: str) -> None:
     """`CausalLM` is a cast: the models behind it have each of its members, and they are of the kinds it names."""
     llm: Any = build_llm({"model_type": kind, **BASE, "num_key_value_heads": 4, "pad_token_id": 0}, "sdpa", VocabularyLayout())
     members = [name for name in (*vars(CausalLM), *CausalLM.__annotations__) if not name.startswith("__")]
-    assert len(members) == 9 and all(hasattr(llm, name) for name in members)
+    assert len(members) == 10 and all(hasattr(llm, name) for name in members)
     assert type(llm.get_output_embeddings()) is nn.Linear and isinstance(llm.get_input_embeddings(), nn.Embedding)
     assert getattr(llm, llm.base_model_prefix) is llm.get_decoder() is not llm
     assert not isinstance(llm, CausalLM)
