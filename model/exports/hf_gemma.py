@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from model.card import ModelCard
 from model.exports.hf_native import layer_problems
-from model.exports.hf_problems import TWO_WAY, audio_problems
+from model.exports.hf_problems import audio_problems
 from model.exports.media_facts import MediaFacts
 from model.files.untrusted import Json
+from model.llm.picture_attention import TWO_WAY
 from model.media_spec import ImageSpec, image_spec, view_tokens
 from model.multimodal import MultimodalLM
 from model.vision.grid_projector import GEMMA_EPSILON

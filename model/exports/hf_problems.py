@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from model.card import ModelCard
 from model.exports.media_facts import MediaFacts
+from model.llm.picture_attention import TWO_WAY
 from model.media_spec import image_spec
 
 MLP, SHUFFLE = "mlp2x_gelu", "pixel_shuffle_mlp"
@@ -14,7 +15,6 @@ ONE_CLS = ("clip_vision_model", "siglip_vision_model", "dinov2", "internvl_visio
 INTERN_VIT = "internvl_vision"
 REGISTERS = "dinov2_with_registers"
 QWEN2_AUDIO_ENCODER = "qwen2_audio_encoder"
-TWO_WAY = "two_way"
 
 
 def _shared_vision_problems(card: ModelCard, kind: str, whose: str) -> Iterator[str]:

@@ -138,8 +138,8 @@ def test_a_model_of_pictures_at_their_own_size_is_tried(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "-VL-" in name])
-def test_built_in_shapes_of_qwen_vl_have_their_parameters(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "-VL-" in name or "GLM" in name])
+def test_built_in_shapes_have_their_parameters(tmp_path: Path, name: str) -> None:
     for file, value in (published_shape(name) or {}).items():
         (tmp_path / file).write_text(json.dumps(value))
     config = AutoConfig.from_pretrained(tmp_path)

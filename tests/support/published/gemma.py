@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGenera
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from tests.support.published import as_on_the_hub, save_processor
+from tests.support.published.idefics import SIDE
+from tests.support.published.idefics import VISION as SIGLIP
 from tests.support.published.native import NativeMaker, Size, template_of
 from tests.support.tiny import SIZES, spread
 from tests.support.tiny_tokenizers import NAMES
@@ -60,18 +62,10 @@ TEMPLATE = """\
 """
 """The template of the folders on the hub."""
 TOKENS = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-SIDE, PATCH, PER_PICTURE = 24, 4, 9
+PER_PICTURE = 9
 WINDOW = 5
 """Shorter than a picture."""
-VISION: dict[str, Any] = {
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": SIDE,
-    "patch_size": PATCH,
-    "vision_use_head": False,
-}
+VISION: dict[str, Any] = {**SIGLIP, "vision_use_head": False}
 TEXT: dict[str, Any] = {
     **SIZES,
     "head_dim": 8,
